@@ -1,0 +1,156 @@
+"""What recipes, padding and the search are worth on pico: bytes against KL divergence.
+
+    python bench/quant.py [--work FOLDER] [--conversations N] [--part presets|search] [--scale 0.92]
+
+Reference: pico in F32. Imatrix: `nanorun.runtime.imatrix` on one half of the conversations; the KL
+divergence is of the other half, control tokens parsed, in chunks of 512, by the method of
+llama-perplexity. `llama.cpp` rows are made by its `llama_model_quantize`, with the same imatrix,
+from the unpadded F32 file, so they hold its fallbacks; `padded` rows are the same preset on padded
+shapes; `searched` rows have the size of the recipe or of llama.cpp's file above, times `--scale`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "scripts")]
+
+from nanorun.chat.template import ChatTemplate  # noqa: E402
+from nanorun.model.chat import Message  # noqa: E402
+from nanorun.runtime.divergence import measure  # noqa: E402
+from nanorun.runtime.imatrix import collect_imatrix  # noqa: E402
+from nanorun.runtime.library import load_llama  # noqa: E402
+from nanorun.runtime.options import EngineOptions  # noqa: E402
+from nanorun_converters.convert import ConvertOptions, convert  # noqa: E402
+from nanorun_quant.imatrix import Imatrix, read_imatrix  # noqa: E402
+
+SOURCE = ROOT / "nanorun" / "data" / "pico"
+# llama_ftype of llama.h.
+PRESETS = {"Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10}
+FIXED = ("q8", "q6", "q5", "q4", "q3", "q2", "12g", "24g", "mxfp4_moe", "q4_0", "iq4_nl")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table."""
+
+    label: str
+    path: Path
+    padding: str = ""
+
+
+def conversations(seed: int, n: int) -> str:
+    """Pico's own kind of text, as its template renders it."""
+    from pico_tasks import draw
+
+    template = ChatTemplate((SOURCE / "chat_template.jinja").read_text(), name="pico")
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(n):
+        conversation = draw(rng)
+        messages = [
+            Message(m["role"], m["content"], thinking=m.get("reasoning_content"))
+            for m in conversation.messages
+        ]
+        texts.append(
+            template.render(
+                messages, enable_thinking=conversation.enable_thinking,
+                truncate_history_thinking=False, add_generation_prompt=False,
+            ).text
+        )  # fmt: skip
+    return "".join(texts)
+
+
+def quantize_with_llama(source: Path, out: Path, ftype: int, imatrix: Imatrix) -> None:
+    """What llama-quantize makes of the unpadded file, fallbacks and all."""
+    llama = load_llama()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype, params.nthread = ftype, 1
+    rows = (llama.llama_model_imatrix_data * (len(imatrix.entries) + 1))()
+    kept = []
+    for row, (name, entry) in zip(rows, imatrix.entries.items(), strict=False):
+        means = [imatrix.weights(name, i, entry.sums.shape[1]) for i in range(len(entry.sums))]
+        values = (ctypes.c_float * entry.sums.size)(*[float(v) for m in means for v in m])
+        kept.append(values)
+        row.name, row.size = name.encode(), entry.sums.size
+        row.data = ctypes.cast(values, ctypes.POINTER(ctypes.c_float))
+    params.imatrix = rows
+    status = llama.llama_model_quantize(
+        str(source).encode(), str(out).encode(), ctypes.byref(params)
+    )
+    assert status == 0, f"llama_model_quantize failed with {status}"
+
+
+def presets(work: Path, imatrix: Path, scale: float) -> Iterator[Entry]:
+    """Each preset as llama.cpp makes it, without fallbacks, and a search at the first's size."""
+    for name, ftype in PRESETS.items():
+        theirs = work / f"{name}-llama.cpp.gguf"
+        quantize_with_llama(work / "f32.gguf", theirs, ftype, read_imatrix(imatrix))
+        yield Entry(f"{name} llama.cpp", theirs)
+        padded = work / f"{name}-padded.gguf"
+        result = convert(
+            SOURCE, ConvertOptions(out=padded, recipe=name, imatrix=imatrix, force=True)
+        )
+        sizes = " ".join(f"{k} {a}->{b}" for k, (a, b) in result.padding.items())
+        yield Entry(f"{name} padded", padded, sizes)
+        yield searched(work, name, int(scale * theirs.stat().st_size), imatrix)
+
+
+def recipes(work: Path, imatrix: Path, scale: float) -> Iterator[Entry]:
+    """Each fixed recipe, and the search at its size."""
+    for name in FIXED:
+        out = work / f"{name}.gguf"
+        convert(SOURCE, ConvertOptions(out=out, recipe=name, imatrix=imatrix, force=True))
+        yield Entry(name, out)
+        yield searched(work, name, int(scale * out.stat().st_size), imatrix)
+
+
+def searched(work: Path, name: str, n_bytes: int, imatrix: Path) -> Entry:
+    """The searched file of a size."""
+    out = work / f"{name}-searched.gguf"
+    options = ConvertOptions(
+        out=out, target_bytes=n_bytes, imatrix=imatrix, pad="never", force=True
+    )
+    convert(SOURCE, options)
+    return Entry("  searched", out)
+
+
+def main() -> None:
+    """Make the files, measure them, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("bench-quant"))
+    parser.add_argument("--conversations", type=int, default=100)
+    parser.add_argument("--part", choices=("presets", "search"), default="search")
+    parser.add_argument("--scale", type=float, default=1.0)
+    args = parser.parse_args()
+    args.work.mkdir(exist_ok=True)
+    reference, imatrix = args.work / "f32.gguf", args.work / "imatrix.gguf"
+    convert(SOURCE, ConvertOptions(out=reference, recipe="f32", force=True))
+    imatrix.unlink(missing_ok=True)
+    options = EngineOptions(n_threads=1)
+    text = conversations(1, args.conversations)
+    collect_imatrix(reference, text, "pico", imatrix, 512, options, special=True)
+    make = presets if args.part == "presets" else recipes
+    entries = list(make(args.work, imatrix, args.scale))
+    paths = [entry.path for entry in entries]
+    results = measure(
+        reference, paths, conversations(2, args.conversations), 512, options, special=True
+    )
+    print("| file | bytes | bpw | KLD mean | KLD p99 | same top | padding |")
+    print("|---|---|---|---|---|---|---|")
+    for entry, r in zip(entries, results, strict=True):
+        print(
+            f"| {entry.label} | {r.bytes} | {r.bpw:.2f} | {r.kld_mean:.5f} | {r.kld_p99:.3f} |"
+            f" {r.top1_agreement:.2%} | {entry.padding} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

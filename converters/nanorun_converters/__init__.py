@@ -1,0 +1,1 @@
+"""Converters: a source model as Hugging Face publishes it into a quantized GGUF."""

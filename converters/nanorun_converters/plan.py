@@ -1,0 +1,357 @@
+"""Everything about a conversion that is decided before a weight is read.
+
+Validates the whole source model first, so that a long job fails at its start or not for this
+reason, and predicts the output to the byte.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from nanorun.errors import ModelError, NanorunError, UsageError
+from nanorun.model.arch import HybridArch
+from nanorun.model.ggml_type import GgmlType
+from nanorun.model.tensor_roles import Role
+from nanorun_converters.allocate import Target, search_types
+from nanorun_converters.config import arch_from_config, text_config
+from nanorun_converters.factors import add_factors, keeps_blocks
+from nanorun_converters.gguf_writer import Layout, TensorSlot, lay_out, lay_out_split
+from nanorun_converters.metadata import SHA256_HEX_LENGTH, Provenance, build_metadata
+from nanorun_converters.padding import pad_tensors
+from nanorun_converters.scheme import CONFIG_FILE, Scheme, read_scheme
+from nanorun_converters.source import open_files, open_source
+from nanorun_converters.store import Files, SourceModel
+from nanorun_converters.tensors import Piece, TensorPlan, plan_tensors
+from nanorun_converters.tokenizer import TOKENIZER_FILE, Vocabulary, read_vocabulary
+from nanorun_quant.fit import Fit, fit_recipe
+from nanorun_quant.ggml import NEED_IMATRIX, USE_NO_IMATRIX
+from nanorun_quant.imatrix import Imatrix, per_expert, read_imatrix
+from nanorun_quant.padding import Padding, padding_entries
+from nanorun_quant.recipe import (
+    DEFAULT_RECIPE,
+    Assignment,
+    Recipe,
+    parse_type_map,
+    recipe_by_name,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+K = TypeVar("K", GgmlType, Role)
+
+_ENTRY_BYTES = 160
+"""Most that a tensor takes in the directory, in the search's table, and by alignment."""
+_KEYS_BYTES = 8 * 1024
+"""More than all other keys take, without vocabulary and templates."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """What a person may choose about a conversion."""
+
+    out: Path | None = None
+    """The file to write; None for one named after source and recipe, in the working folder."""
+    recipe: str = DEFAULT_RECIPE
+    type_map: Mapping[str, str] = field(default_factory=dict)
+    """Role, or `*`, to type; stronger than the recipe."""
+    pad: str = "auto"
+    """Whether sizes are padded to whole blocks: auto, never, always."""
+    imatrix: Path | None = None
+    """The importance matrix; types of few bits need one."""
+    target_bytes: int | None = None
+    """Search the types of least error within this size of the file, instead of a recipe."""
+    target_bpw: float | None = None
+    """The same, in bits per weight."""
+    n_threads: int | None = None
+    """Threads that read and quantize; None for one a core."""
+    force: bool = False
+    """Replace an existing file."""
+    dry_run: bool = False
+    """Plan and predict, write nothing; the files of weights need not be there."""
+    split_max_bytes: int | None = None
+    """Size that no file may exceed; None for one file."""
+    keep_mtp: bool = True
+    """Whether a multi-token prediction head comes along."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSummary:
+    """What the tensors of one role, type and reason come to."""
+
+    role: Role
+    assignment: Assignment
+    n_tensors: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """A source model, checked, and what becomes of each of its tensors."""
+
+    source: SourceModel
+    arch: HybridArch
+    vocabulary: Vocabulary | None
+    """None in a plan of a source model without its tokenizer, whose size then does not count."""
+    recipe: Recipe
+    tensors: tuple[TensorPlan, ...]
+    """In file order."""
+    assignments: Mapping[str, Assignment]
+    """By the tensor's name."""
+    out: Path
+    padding: Padding = field(default_factory=dict)
+    """Sizes that are larger in the file than in the source."""
+    imatrix: Imatrix | None = None
+    scheme: Scheme = field(default_factory=Scheme)
+    """How the source's weights are quantized."""
+    split_max_bytes: int | None = None
+    search: Sequence[str] = ()
+    """What a search found, `name=type:cost` a tensor."""
+
+    def type_of(self, tensor: TensorPlan) -> GgmlType:
+        """The type a tensor is written as."""
+        return self.assignments[tensor.spec.name].type
+
+    def n_bytes_of(self, tensor: TensorPlan) -> int:
+        """Bytes of a tensor's data."""
+        n_per_row = tensor.spec.n_per_row
+        return tensor.spec.n_elements // n_per_row * self.type_of(tensor).row_bytes(n_per_row)
+
+    @property
+    def n_params(self) -> int:
+        """Numbers in all tensors together, without the zeros of padding."""
+        return sum(part.n_elements for tensor in self.tensors for part in tensor.parts)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors' data, without padding."""
+        return sum(self.n_bytes_of(tensor) for tensor in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors; padding's bytes count, its zeros are no weights."""
+        return 8 * self.tensor_bytes / self.n_params
+
+    def weights_of(self, piece: Piece, n_per_row: int) -> NDArray[np.float32] | None:
+        """How much the error of each column of a piece matters; None where all matter alike."""
+        type_ = self.type_of(piece.plan)
+        if type_ in USE_NO_IMATRIX:
+            return None
+        if self.imatrix is not None:
+            found = self.imatrix.weights(piece.plan.spec.name, piece.i_part, n_per_row)
+            if found is not None:
+                return found
+        # Blocks that an imatrix has not seen (MTP, the embedding) are made as if all inputs were
+        # alike.
+        return np.ones(n_per_row, np.float32) if type_ in NEED_IMATRIX else None
+
+    def type_counts(self) -> dict[str, int]:
+        """Tensors of each type, by the type's label, most first."""
+        counts = Counter(self.type_of(tensor).label for tensor in self.tensors)
+        return dict(counts.most_common())
+
+    def by_role(self) -> list[RoleSummary]:
+        """What each role becomes, most bytes first."""
+        counts: Counter[tuple[Role, Assignment]] = Counter()
+        sizes: Counter[tuple[Role, Assignment]] = Counter()
+        for tensor in self.tensors:
+            key = (tensor.spec.role, self.assignments[tensor.spec.name])
+            counts[key] += 1
+            sizes[key] += self.n_bytes_of(tensor)
+        return [RoleSummary(*key, counts[key], n_bytes) for key, n_bytes in sizes.most_common()]
+
+    def lay_out(self, hashes: Sequence[str] = ()) -> list[Layout]:
+        """The header and directory of each file.
+
+        Args:
+            hashes: SHA-256 of each of the source's files; where not known yet, as many zeros take
+                their place.
+        """
+        hashes = hashes or ["0" * SHA256_HEX_LENGTH] * len(self.source.stores)
+        metadata = build_metadata(
+            self.source, self.arch, self.vocabulary, self._provenance(), hashes
+        )
+        slots = [
+            TensorSlot(t.spec.name, self.type_of(t), t.spec.shape, self.n_bytes_of(t))
+            for t in self.tensors
+        ]
+        if self.split_max_bytes is None:
+            return [lay_out(metadata, slots)]
+        return lay_out_split(metadata, slots, self.split_max_bytes)
+
+    def _provenance(self) -> Provenance:
+        sizes = [(t, self.n_bytes_of(t)) for t in self.tensors]
+        return Provenance(
+            recipe=self.recipe.name,
+            recipe_version=self.recipe.version,
+            bytes_of_type=_sums((self.type_of(t), n_bytes) for t, n_bytes in sizes),
+            bytes_of_role=_sums((t.spec.role, n_bytes) for t, n_bytes in sizes),
+            n_params=self.n_params,
+            padding=tuple(padding_entries(self.padding)),
+            search=self.search,
+            imatrix=self.imatrix,
+            only_weights=[
+                tensor.spec.name
+                for tensor in self.tensors
+                if keeps_blocks(tensor, self.type_of(tensor))
+                and self.scheme.only_weights(tensor.parts[0].name.rpartition(".")[0])
+            ],
+        )
+
+
+def plan_conversion(origin: Path | Files, options: ConvertOptions) -> ConversionPlan:
+    """Read and check a source model and decide every tensor's type.
+
+    Args:
+        origin: The folder of the source model, or its files elsewhere.
+        options: What a person chose.
+
+    Raises:
+        UsageError: If the recipe or the type map cannot be meant, or does not fit the model.
+        ModelError: If the source model is damaged or not supported.
+    """
+    recipe = recipe_by_name(options.recipe)
+    overrides = parse_type_map(options.type_map)
+    searches = options.target_bytes is not None or options.target_bpw is not None
+    needs_weights = searches or not options.dry_run
+    if isinstance(origin, Path):
+        source = open_source(origin, needs_weights=needs_weights)
+    else:
+        source = open_files(origin, needs_weights=needs_weights)
+    folder = source.folder
+    config = source.read_json(CONFIG_FILE)
+    scheme = read_scheme(source, config)
+    arch = _arch(config, folder, options)
+    tensors = plan_tensors(source, arch, keep_mtp=options.keep_mtp)
+    vocabulary = _vocabulary(source, text_config(config), arch.n_vocab, options)
+    imatrix = _read_imatrix(options.imatrix, tensors)
+    target = _target(options, tensors, vocabulary)
+    with _for_source(folder):
+        if target is not None:
+            fit = search_types(tensors, arch, target, options.pad, imatrix)
+            recipe = fit.recipe
+        else:
+            fit = fit_recipe(recipe, arch, options.pad, overrides)
+    if imatrix is None and not options.dry_run:
+        _refuse_without_imatrix(fit, source)
+    with _for_source(folder):
+        tensors, assignments = add_factors(
+            pad_tensors(tensors, arch, fit.arch), fit.assignments, fit.arch
+        )
+    return ConversionPlan(
+        source=source,
+        arch=fit.arch,
+        vocabulary=vocabulary,
+        recipe=recipe,
+        tensors=tuple(tensors),
+        assignments=assignments,
+        scheme=scheme,
+        split_max_bytes=options.split_max_bytes,
+        out=_output_path(source, recipe, options.out),
+        padding=fit.padding,
+        imatrix=imatrix,
+        search=fit.table,
+    )
+
+
+def _vocabulary(
+    source: SourceModel, config: dict[str, Any], n_vocab: int, options: ConvertOptions
+) -> Vocabulary | None:
+    if options.dry_run and source.files.find(TOKENIZER_FILE) is None:
+        return None
+    return read_vocabulary(source, config, n_vocab)
+
+
+def _arch(config: dict[str, Any], folder: PurePath, options: ConvertOptions) -> HybridArch:
+    with _for_source(folder):
+        return arch_from_config(config, str(folder / CONFIG_FILE), keep_mtp=options.keep_mtp)
+
+
+@contextmanager
+def _for_source(folder: PurePath) -> Iterator[None]:
+    """Fill in SOURCE: a recipe or a config knows what would help, but not where it came from."""
+    try:
+        yield
+    except NanorunError as error:
+        tries = [command.replace("SOURCE", shlex.quote(str(folder))) for command in error.tries]
+        raise type(error)(error.message, facts=error.facts, tries=tries) from error
+
+
+def _target(
+    options: ConvertOptions, tensors: Sequence[TensorPlan], vocabulary: Vocabulary | None
+) -> Target | None:
+    """What the search is to meet, if it is asked for.
+
+    Raises:
+        UsageError: If both a size and bits per weight are given.
+    """
+    if options.target_bytes is not None and options.target_bpw is not None:
+        raise UsageError("--target-size and --target-bpw say the same in two ways: give one")
+    if options.target_bytes is not None:
+        # A file is its tensors, a directory of them, and metadata, which is mostly vocabulary.
+        header = _ENTRY_BYTES * len(tensors) + _KEYS_BYTES
+        if vocabulary is not None:
+            texts = (*vocabulary.tokens, *vocabulary.merges)
+            header += sum(len(text.encode()) + 12 for text in texts)
+            header += sum(len(text.encode()) for text in vocabulary.chat_templates.values())
+        name = f"search-{options.target_bytes / 1e9:.4g}GB"
+        return Target(options.target_bytes - header, name)
+    if options.target_bpw is not None:
+        n_params = sum(part.n_elements for tensor in tensors for part in tensor.parts)
+        return Target(int(options.target_bpw * n_params / 8), f"search-{options.target_bpw:g}bpw")
+    return None
+
+
+def _read_imatrix(path: Path | None, tensors: Sequence[TensorPlan]) -> Imatrix | None:
+    """The imatrix, checked against the source: it must know some of its tensors, in their widths.
+
+    Raises:
+        ModelError: If it is damaged, or of another model.
+    """
+    if path is None:
+        return None
+    n_experts = {t.spec.name: len(t.parts) for t in tensors if len(t.parts) > 1}
+    imatrix = per_expert(read_imatrix(path), n_experts)
+    if not any(tensor.spec.name in imatrix.entries for tensor in tensors):
+        raise ModelError(f"{path}: it knows no tensor of this model")
+    for tensor in tensors:
+        imatrix.weights(tensor.spec.name, len(tensor.parts) - 1, tensor.spec.n_per_row)
+    return imatrix
+
+
+def _refuse_without_imatrix(fit: Fit, model: SourceModel) -> None:
+    if not fit.needs_imatrix:
+        return
+    source, name = shlex.quote(str(model.folder)), shlex.quote(f"{model.name}-q8_0.gguf")
+    labels = " ".join(type_.label for type_ in fit.needs_imatrix)
+    raise UsageError(
+        f"recipe {fit.recipe.name} needs an imatrix",
+        facts=[f"{labels}: without one, what so few bits keep is not what matters"],
+        tries=[
+            f"nanorun convert {source} --recipe q8_0 --out {name}",
+            f"nanorun imatrix {name} --text TEXT --out imatrix.gguf",
+            f"nanorun convert {source} --recipe {fit.recipe.name} --imatrix imatrix.gguf",
+        ],
+    )
+
+
+def _output_path(source: SourceModel, recipe: Recipe, out: Path | None) -> Path:
+    default = f"{source.name}-{recipe.name}.gguf"
+    if out is None:
+        return Path(default)
+    return out / default if out.is_dir() else out
+
+
+def _sums(pairs: Iterable[tuple[K, int]]) -> dict[K, int]:
+    sums: Counter[K] = Counter()
+    for key, n_bytes in pairs:
+        sums[key] += n_bytes
+    return dict(sums.most_common())

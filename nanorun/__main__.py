@@ -1,0 +1,6 @@
+"""`python -m nanorun`."""
+
+from nanorun.cli import main
+
+if __name__ == "__main__":
+    main()

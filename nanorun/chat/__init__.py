@@ -1,0 +1,1 @@
+"""Between messages and text: rendering prompts, parsing replies."""

@@ -1,0 +1,108 @@
+"""`nanorun imatrix`: which inputs of a model's matrices are large, for quantizing to few bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nanorun.cli import options as opt
+from nanorun.cli.diagnostics import StatusLine, note, write_data, write_json
+from nanorun.cli.eval import read_source
+from nanorun.cli.models import find_model
+
+_DEFAULT_N_CTX = 512
+
+
+def command(
+    model: opt.ModelArgument,
+    text: Annotated[
+        str,
+        typer.Option(
+            "--text",
+            metavar="FILE",
+            help="UTF-8 text to run through the model; - for standard input.",
+            rich_help_panel="Text",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="File to write, or to continue.  [default: imatrix.gguf]",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = Path("imatrix.gguf"),
+    special: Annotated[
+        bool,
+        typer.Option(
+            "--parse-special",
+            help="Read <|im_start|> and the like in the text as control tokens.",
+            rich_help_panel="Text",
+        ),
+    ] = False,
+    n_ctx: Annotated[
+        int,
+        typer.Option(
+            "--n-ctx",
+            metavar="N",
+            min=16,
+            help=f"Tokens of one chunk.  [default: {_DEFAULT_N_CTX}]",
+            rich_help_panel=opt.ENGINE,
+        ),
+    ] = _DEFAULT_N_CTX,
+    n_threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            min=1,
+            help="Threads of the engine.  [default: the physical cores]",
+            rich_help_panel=opt.ENGINE,
+        ),
+    ] = None,
+    as_json: opt.JsonOption = False,
+) -> None:
+    """Collect a model's importance matrix on a text.
+
+    It is for nanorun convert --imatrix. Run it on the best file that fits this machine (q8_0, say),
+    with some 100,000 tokens of what the model will be used for. Ctrl-C keeps what is done; the same
+    command continues. The file is llama.cpp's, and works with its tools.
+    """
+    from nanorun.runtime.imatrix import collect_imatrix
+    from nanorun.runtime.options import EngineOptions
+
+    content, path = read_source(text), find_model(model)
+    status = StatusLine()
+
+    def show(n_done: int, n_total: int) -> None:
+        status.show(f"{n_done} of {n_total} chunks")
+
+    try:
+        status.show("loading ...")
+        imatrix = collect_imatrix(
+            path, content, Path(text).name if text != "-" else "stdin", out, n_ctx,
+            EngineOptions(n_threads=n_threads), show, special=special,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        status.clear()
+        note(f"stopped; {out} keeps what is done, and the same command continues")
+        raise
+    finally:
+        status.clear()
+    n_unseen = sum(int((entry.counts == 0).sum()) for entry in imatrix.entries.values())
+    if n_unseen:
+        note(f"{n_unseen} expert matrices saw no token of this text, and count as if all inputs"
+             " were alike")  # fmt: skip
+    if as_json:
+        write_json({
+            "path": str(out), "n_chunks": imatrix.n_chunks, "n_tensors": len(imatrix.entries),
+            "n_unseen": n_unseen,
+        })  # fmt: skip
+    else:
+        write_data(
+            f"{out}: {len(imatrix.entries)} tensors over {imatrix.n_chunks} chunks of"
+            f" {imatrix.chunk_size} tokens\n"
+        )

@@ -1,0 +1,82 @@
+"""Flags that several commands share, and what their texts mean."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nanorun.errors import UsageError
+
+SAMPLING = "Answering"
+ENGINE = "Engine"
+OUTPUT = "Output"
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Library name (pico) or path of a GGUF file.")
+]
+ThinkOption = Annotated[
+    str,
+    typer.Option(
+        "--think",
+        metavar="DEPTH",
+        help="How much to think: off, low, medium, high, max, or a number of tokens.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+NCtxOption = Annotated[
+    str | None,
+    typer.Option(
+        "--n-ctx",
+        metavar="N",
+        help="Tokens the context holds: 8192, 256k, 1M, or max.  [default: at most 8192]",
+        rich_help_panel=ENGINE,
+    ),
+]
+JsonOption = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=OUTPUT),
+]
+
+DEFAULT_MODEL = "pico"
+DEFAULT_N_CTX = 8192
+
+
+def think_depth(text: str) -> str | int:
+    """The depth that `--think` names, checked before a model is loaded for it.
+
+    Raises:
+        UsageError: If it is neither a level nor a number of tokens.
+    """
+    from nanorun.runtime.reasoning import parse_think
+
+    parse_think(text)
+    depth = text.strip().lower()
+    return int(depth) if depth.isdigit() else depth
+
+
+def check_text(text: str, name: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+        UsageError: If it was made of bytes that are not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text") from error
+    return text
+
+
+def read_text(source: bytes, name: str) -> str:
+    """Bytes from outside as text.
+
+    Raises:
+        UsageError: If they are not UTF-8.
+    """
+    try:
+        return source.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{name} is not UTF-8 text", facts=[f"byte {error.start} is {source[error.start]:#04x}"]
+        ) from error

@@ -1,0 +1,163 @@
+"""`nanorun run`: one answer on stdout, its thinking on stderr."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nanorun.cli import options as opt
+from nanorun.cli.diagnostics import is_terminal
+from nanorun.cli.interrupts import Interrupts
+from nanorun.cli.models import context_size, find_model
+from nanorun.cli.reply_output import JsonOutput, TextOutput
+from nanorun.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from nanorun.model.chat import GenerateOptions, Message
+    from nanorun.runtime.client import Client
+
+
+def command(
+    model: opt.ModelArgument,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT", help="The question; text on standard input is added below it."
+        ),
+    ] = None,
+    think: opt.ThinkOption = "medium",
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            metavar="N",
+            min=1,
+            help="Most tokens of the reply, thinking included.  [default: what fits]",
+            rich_help_panel=opt.SAMPLING,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--temp",
+            metavar="T",
+            min=0.0,
+            help="Temperature; 0 takes the likeliest token.  [default: the model's]",
+            rich_help_panel=opt.SAMPLING,
+        ),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            "--top-p",
+            metavar="P",
+            min=0.0,
+            max=1.0,
+            help="Sample from the likeliest tokens that make up P.  [default: the model's]",
+            rich_help_panel=opt.SAMPLING,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed",
+            metavar="N",
+            min=0,
+            help="Repeat the same choices.  [default: random]",
+            rich_help_panel=opt.SAMPLING,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system",
+            metavar="TEXT",
+            help="Instructions that come before the question.",
+            rich_help_panel=opt.SAMPLING,
+        ),
+    ] = None,
+    n_ctx: opt.NCtxOption = None,
+    as_json: opt.JsonOption = False,
+) -> int:
+    """Print one answer; reads and feeds pipes.
+
+    The answer goes to standard output as it is written, the thinking to standard error. Ctrl-C
+    stops the answer and keeps what was said; a second one leaves at once.
+    """
+    from nanorun.model.chat import GenerateOptions
+
+    question = read_prompt(prompt)
+    request = GenerateOptions(
+        think=opt.think_depth(think),
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    messages = to_messages(question, system)
+    client = open_client(model, n_ctx)
+    interrupts = Interrupts()
+    output = JsonOutput() if as_json else TextOutput()
+    return interrupts.run(_answer(client, messages, request, output, interrupts))
+
+
+def read_prompt(argument: str | None) -> str:
+    """The question: the argument, standard input, or one above the other.
+
+    Raises:
+        UsageError: If there is neither, or text that is not UTF-8.
+    """
+    parts = [opt.check_text(argument, "the prompt")] if argument else []
+    if not is_terminal(sys.stdin):
+        parts.append(opt.read_text(sys.stdin.buffer.read(), "standard input"))
+    question = "\n\n".join(part.strip("\n") for part in parts if part.strip())
+    if not question:
+        raise UsageError(
+            "there is no prompt",
+            facts=["give it as an argument or on standard input"],
+            tries=["nanorun run pico 'What is 17 + 25?'"],
+        )
+    return question
+
+
+def to_messages(question: str, system: str | None) -> list[Message]:
+    """The conversation that asks the question."""
+    from nanorun.model.chat import Message
+
+    before = [Message("system", opt.check_text(system, "--system"))] if system else []
+    return [*before, Message("user", question)]
+
+
+def open_client(model: str, n_ctx: str | None) -> Client:
+    """A client for one request at a time, not started yet."""
+    from nanorun.runtime.client import EngineClient
+    from nanorun.runtime.options import EngineOptions
+
+    path = find_model(model)
+    return EngineClient(path, EngineOptions(n_ctx=context_size(n_ctx, path), n_parallel=1))
+
+
+async def _answer(
+    client: Client,
+    messages: list[Message],
+    request: GenerateOptions,
+    output: TextOutput | JsonOutput,
+    interrupts: Interrupts,
+) -> int:
+    try:
+        output.loading()
+        info = await client.start()
+        generation = client.generate(messages, request)
+        interrupts.on_first = lambda: asyncio.ensure_future(generation.cancel())
+        async for event in generation:
+            output.receive(event)
+        output.finish(info)
+    finally:
+        try:
+            output.close()
+        finally:
+            await client.close()
+    return ExitCode.INTERRUPTED if interrupts.count else ExitCode.OK

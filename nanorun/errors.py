@@ -1,0 +1,89 @@
+"""The errors nanorun expects, and the exit code each leaves the command line with.
+
+    NanorunError                 1  failure
+    ├── UsageError (ValueError)  2  a flag, a name or a request that makes no sense
+    ├── ModelError (ValueError)  3  a model file or source model that cannot be used
+    ├── MemoryPlanError          4  no plan fits the memory there is
+    ├── EngineError              1  the engine refused, failed or died
+    │   ├── EngineDied
+    │   └── ContextFull
+    └── LibraryError             1  an optional part or a native library is missing
+
+Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the process tells its caller."""
+
+    OK = 0
+    FAILURE = 1
+    USAGE = 2
+    MODEL = 3
+    MEMORY = 4
+    INTERRUPTED = 130
+
+
+class NanorunError(Exception):
+    """An expected failure, worded for the person who meets it.
+
+    Args:
+        message: What went wrong, with the value and the file; lower case, no full stop.
+        facts: Lines that explain it (sizes, what was expected, what was found).
+        tries: Whole commands that would help.
+    """
+
+    exit_code = ExitCode.FAILURE
+
+    def __init__(
+        self, message: str, *, facts: Sequence[str] = (), tries: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.facts = tuple(facts)
+        self.tries = tuple(tries)
+
+    def render(self) -> str:
+        """The message with its facts indented and its commands under `try:`."""
+        lines = [self.message, *(f"  {fact}" for fact in self.facts)]
+        lines += [f"  {'try:' if i == 0 else '    '} {t}" for i, t in enumerate(self.tries)]
+        return "\n".join(lines)
+
+
+class UsageError(NanorunError, ValueError):
+    """A flag, name or request that cannot be meant."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ModelError(NanorunError, ValueError):
+    """A model file or a source model that is damaged, foreign or not supported."""
+
+    exit_code = ExitCode.MODEL
+
+
+class MemoryPlanError(NanorunError):
+    """No combination of offload and context fits the free memory."""
+
+    exit_code = ExitCode.MEMORY
+
+
+class EngineError(NanorunError, RuntimeError):
+    """The engine refused a request or failed while it ran."""
+
+
+class EngineDied(EngineError):
+    """The engine's process ended while something waited for it."""
+
+
+class ContextFull(EngineError):
+    """A prompt that does not fit the context the model was opened with."""
+
+
+class LibraryError(NanorunError, ImportError):
+    """An optional dependency or a native library is missing or does not fit."""

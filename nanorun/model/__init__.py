@@ -1,0 +1,1 @@
+"""Domain types shared by every package; stdlib and numpy only."""

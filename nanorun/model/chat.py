@@ -1,0 +1,163 @@
+"""A conversation as nanorun passes it around, and what a reply is made of.
+
+Requests carry `Message`s and `GenerateOptions`; replies come back as a stream of events that ends
+with `Finished`. All are plain frozen dataclasses, so they cross the pipe to the engine's process
+(`runtime/wire.py`) and the HTTP endpoint without translation layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a tool, with its arguments parsed."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Role
+    content: str = ""
+    thinking: str | None = None
+    """What the assistant thought before `content`; None or "" if it did not."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    """For role `tool`: the call this answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOptions:
+    """How to answer. None means the model family's own default for the mode."""
+
+    think: str | int = "medium"
+    """`off`, `low`, `medium`, `high`, `max`, or a budget of thinking tokens."""
+    max_tokens: int | None = None
+    """Most tokens of the reply, thinking included; None for what the context still holds."""
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens made likelier or, at -100, impossible; forced tokens of the reasoning dial are not."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it. Thinking is not searched."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools in OpenAI's form (`{"type": "function", "function": {...}}`)."""
+    ignore_eos: bool = False
+    """Go on past the end of the turn, for benchmarks."""
+    keep_thinking: bool = False
+    """Leave the thinking of earlier turns in the prompt: append-only, and longer."""
+    echo_thinking: bool = True
+    """Whether the next turn will carry this reply's thinking back. Templates render a turn
+    differently with and without it, so the engine reads ahead what it expects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one request; `completion_tokens` includes `thinking_tokens`."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Prompt tokens whose state was reused instead of evaluated."""
+    cached_from: Literal["device", "host", "disk"] | None = None
+    """Where that state was."""
+    thinking_tokens: int = 0
+    completion_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of one request went."""
+
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    prefill_tps: float = 0.0
+    """Evaluated (not cached) prompt tokens per second."""
+    decode_tps: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    """How far the prompt is read; sent at least once, before the first token."""
+
+    n_done: int
+    n_total: int
+    n_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkingDelta:
+    """More text of the thinking."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A tool call, complete; `problem` says what was wrong with it, if anything."""
+
+    index: int
+    call: ToolCall
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something the person should know: a restart, a changed plan."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a reply."""
+
+    reason: FinishReason
+    usage: Usage = field(default_factory=Usage)
+    timings: Timings = field(default_factory=Timings)
+    stop_text: str | None = None
+    """The stop string that ended the answer, if one did."""
+
+
+Event = PrefillProgress | ThinkingDelta | TextDelta | ToolCallDelta | Notice | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What an opened model is, as its users need to know it."""
+
+    name: str
+    path: str
+    arch: str
+    """`general.architecture` of the file."""
+    n_params: int
+    file_bytes: int
+    n_vocab: int
+    n_layer: int
+    n_ctx: int
+    """Tokens the opened context holds."""
+    n_ctx_train: int
+    n_seq_max: int
+    recipe: str | None
+    load_s: float
+    device: str

@@ -1,0 +1,176 @@
+"""The words of a plan: why each thing was decided, and what would help where nothing fits."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING
+
+from nanorun.model.arch import LayerKind
+from nanorun.model.footprint import kv_bytes_per_token, state_bytes
+from nanorun.model.ggml_type import GgmlType
+from nanorun.model.units import format_gib
+from nanorun.plan.compute_graph import mask_bytes
+from nanorun.plan.memory_use import ALL_LAYERS, DRIVER_BYTES, DeviceUse, Settings
+from nanorun.plan.shape import EXPERT_ROLES, ModelShape
+
+if TYPE_CHECKING:
+    from nanorun.plan.hardware import Hardware
+    from nanorun.plan.memory_plan import Plan, Wish
+
+
+def decisions(plan: Plan) -> list[str]:
+    """One line for each decision of a plan."""
+    return [
+        _recipe(plan), _placement(plan), _context(plan), _kv(plan), _ubatch(plan),
+        _sequences(plan), _checkpoints(plan), _allowances(plan), *_limits(plan),
+    ]  # fmt: skip
+
+
+def _recipe(plan: Plan) -> str:
+    shape = plan.shape
+    size = format_gib(shape.weights_bytes)
+    if shape.recipe is None:
+        return f"weights: {size} as they are in the file, {shape.bpw:.2f} bits a weight"
+    return f"recipe {shape.recipe}: {size}, {shape.bpw:.2f} bits a weight, {plan.recipe_reason}"
+
+
+def _placement(plan: Plan) -> str:
+    settings, names = plan.settings, [gpu.name for gpu in plan.hardware.accelerators]
+    if not names:
+        return "device: CPU, there is no accelerator that the engine could use"
+    if settings.n_gpu_layers == 0:
+        return f"device: CPU, {' and '.join(names)} cannot hold even a part of the layers"
+    where = " and ".join(names)
+    if settings.n_gpu_layers != ALL_LAYERS:
+        return f"placement: the last {settings.n_gpu_layers} layers on {where}, the rest on the CPU"
+    if settings.n_cpu_moe:
+        n_blocks = len(_blocks_on_host(plan))
+        return (
+            f"placement: experts of {n_blocks} layers (blocks below {settings.n_cpu_moe}) in main"
+            f" memory, everything else on {where}; fewer did not fit"
+        )
+    return f"placement: all layers on {where}"
+
+
+def _blocks_on_host(plan: Plan) -> set[int]:
+    return {
+        t.i_layer
+        for t in plan.shape.tensors
+        if t.role in EXPERT_ROLES
+        and t.i_layer is not None
+        and t.i_layer < min(plan.settings.n_cpu_moe, plan.shape.arch.n_layer)
+    }
+
+
+def _context(plan: Plan) -> str:
+    n_ctx = plan.settings.n_ctx
+    asked = plan.wish.n_ctx
+    if asked is None:
+        is_all = n_ctx == plan.shape.arch.n_ctx_train
+        reason = "all that the model was trained for" if is_all else "the longest that fits"
+    elif asked != n_ctx:
+        reason = f"as asked ({asked:,}), rounded up to a multiple of 256"
+    else:
+        reason = "as asked"
+    return f"n_ctx {n_ctx:,}: {reason}"
+
+
+def _kv(plan: Plan) -> str:
+    arch, settings = plan.shape.arch, plan.settings
+    per_token = kv_bytes_per_token(arch, settings.type_k, settings.type_v)
+    n_layers = arch.n_layers_of(LayerKind.ATTENTION)
+    line = (
+        f"KV cache {settings.type_k.label}: {per_token:,} bytes a token in {n_layers} layers"
+        " of attention"
+    )
+    if plan.wish.type_kv is not None:
+        return f"{line}, as asked"
+    if settings.type_k is GgmlType.F16:
+        return f"{line}; it fits without quantizing"
+    return f"{line}; f16 would take {kv_bytes_per_token(arch):,} and did not fit as well"
+
+
+def _ubatch(plan: Plan) -> str:
+    n_ubatch, n_ctx = plan.settings.n_ubatch, plan.settings.n_ctx
+    mask = format_gib(mask_bytes(n_ctx, n_ubatch))
+    line = f"n_ubatch {n_ubatch}: the attention mask of a batch takes {mask} at this n_ctx"
+    return line if n_ubatch >= 512 else f"{line}; larger batches did not fit as well"
+
+
+def _sequences(plan: Plan) -> str:
+    settings = plan.settings
+    each = format_gib(state_bytes(plan.shape.arch))
+    return (
+        f"n_seq_max {settings.n_seq_max}: {settings.n_parallel} at a time and"
+        f" {settings.n_seq_spare} spare that keep finished prompts, {each} of state each"
+    )
+
+
+def _checkpoints(plan: Plan) -> str:
+    settings = plan.settings
+    n_states = settings.checkpoint_bytes // max(1, state_bytes(plan.shape.arch))
+    return (
+        f"checkpoints: room for {n_states} states"
+        f" ({format_gib(settings.checkpoint_bytes)}) and {format_gib(settings.archive_bytes)}"
+        " of conversations in main memory"
+    )
+
+
+def _allowances(plan: Plan) -> str:
+    margins = ", ".join(f"{u.name} {format_gib(u.margin_bytes)}" for u in plan.uses)
+    driver = f" (with {format_gib(DRIVER_BYTES)} for the driver)"
+    on_gpu = bool(plan.hardware.accelerators) and plan.settings.n_gpu_layers != 0
+    return f"kept free{driver if on_gpu else ''}: {margins}"
+
+
+def _limits(plan: Plan) -> list[str]:
+    hardware, lines = plan.hardware, []
+    if hardware.host.limit:
+        lines.append(f"main memory: {hardware.host.limit}")
+    if hardware.is_unified:
+        lines.append("CPU and accelerator share one memory, which is counted once")
+    lines += [f"{gpu.description} is not used: see `nanorun doctor`" for gpu in hardware.unusable]
+    return lines
+
+
+def shortfall(use: DeviceUse, settings: Settings, hardware: Hardware) -> list[str]:
+    """What takes the memory that is not there."""
+    parts = " + ".join(
+        f"{name} {format_gib(n_bytes)}"
+        for name, n_bytes in (
+            ("weights", use.weights_bytes),
+            (f"KV cache {settings.type_k.label}", use.kv_bytes),
+            ("SSM state", use.state_bytes),
+            ("checkpoints", use.checkpoint_bytes),
+            ("compute", use.compute_bytes),
+            ("output", use.output_bytes),
+            ("process", use.overhead_bytes),
+        )
+        if n_bytes
+    )
+    facts = [parts, f"{format_gib(use.margin_bytes)} are kept free"]
+    for gpu in hardware.accelerators:
+        if not gpu.is_unified:
+            facts.append(f"{gpu.name} has {format_gib(gpu.free_bytes)} free, too little to help")
+    if hardware.host.limit:
+        facts.append(hardware.host.limit)
+    return facts
+
+
+def what_would_help(shape: ModelShape, wish: Wish, longest: int | None) -> list[str]:
+    """Commands that would work, nearest to the wish first."""
+    name = shlex.quote(shape.name)
+    tries: list[str] = []
+    if longest and wish.n_ctx and longest < wish.n_ctx:
+        tries.append(f"nanorun plan {name} --n-ctx {longest}")
+    if wish.type_kv is GgmlType.F16:
+        tries.append(f"nanorun plan {name} --n-ctx {wish.n_ctx or 'max'} --kv q8_0")
+    if wish.n_parallel > 1:
+        tries.append(f"nanorun plan {name} --n-ctx {wish.n_ctx or 'max'} --parallel 1")
+    if shape.name != "nano-4b":
+        tries.append("nanorun plan nano-4b")
+    if shape.repository:
+        n_ctx = wish.n_ctx or shape.arch.n_ctx_train
+        tries.append(f"vllm serve {shape.repository} --max-model-len {n_ctx}")
+    tries.append("nanorun chat --endpoint http://OTHER-MACHINE:8080/v1")
+    return tries

@@ -1,0 +1,391 @@
+"""Choosing how a model is opened on a machine, and saying why.
+
+Pure: a shape, the hardware and a wish go in, a plan comes out. Everything that fits is compared by
+what it costs the person: a plan gives up spare sequences first, then batch size, then precision of
+the KV cache, and moves experts to the host only if nothing else helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from nanorun.errors import MemoryPlanError, UsageError
+from nanorun.model.footprint import padded_n_ctx, state_bytes
+from nanorun.model.ggml_type import GgmlType
+from nanorun.model.units import GIB, format_gib
+from nanorun.plan import explain
+from nanorun.plan.hardware import Hardware
+from nanorun.plan.memory_use import DeviceUse, Settings, device_uses
+from nanorun.plan.shape import ModelShape
+from nanorun.plan.speed_estimate import Calibration, SpeedEstimate, estimate_speed
+
+MAX_SEQUENCES = 256
+"""LLAMA_MAX_SEQ of llama.cpp: sequences that a context can tell apart."""
+KV_TYPES = (GgmlType.F16, GgmlType.Q8_0, GgmlType.Q4_0)
+"""Types of the KV cache that are considered, the most precise first."""
+_N_CTX_STEP = 256
+# Below it answers get noticeably worse, so no fewer are taken for speed alone.
+_ENOUGH_BITS = 4.4
+# A batch costs time when it is small: on CUDA the fast scan starts above 128 tokens.
+_UBATCHES = {512: 0, 256: 2, 128: 6}
+_SPARES = {4: 0, 2: 1, 1: 2, 0: 4}
+# Costs up to here are hardly felt; up to there they are still a plan.
+_COMFORT, _FRUGAL = 11, 100
+_NEARLY = 0.93
+_KV_COSTS = {GgmlType.F16: 0, GgmlType.Q8_0: 5, GgmlType.Q4_0: 20}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a person asks of a plan; None leaves the choice to it."""
+
+    n_ctx: int | None = None
+    """Tokens of context; None for the longest that fits (`max`)."""
+    n_parallel: int = 1
+    type_kv: GgmlType | None = None
+    n_ubatch: int | None = None
+    n_seq_spare: int | None = None
+    may_split_experts: bool = True
+    """Whether experts may stay on the host while the rest of their layers does not."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings that fit a machine, and what they come to."""
+
+    shape: ModelShape
+    settings: Settings
+    hardware: Hardware
+    wish: Wish
+    calibration: Calibration | None = None
+    recipe_reason: str = "as asked"
+
+    @cached_property
+    def uses(self) -> list[DeviceUse]:
+        """What each device holds."""
+        return device_uses(self.shape, self.settings, self.hardware)
+
+    @cached_property
+    def speed(self) -> SpeedEstimate:
+        """Expected speed."""
+        return estimate_speed(
+            self.shape, self.settings, self.hardware, calibration=self.calibration
+        )
+
+    @cached_property
+    def why(self) -> list[str]:
+        """One line a decision."""
+        return explain.decisions(self)
+
+
+def plan_model(
+    shapes: Sequence[ModelShape],
+    hardware: Hardware,
+    wish: Wish,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """The plan for a model on a machine.
+
+    Args:
+        shapes: The model, once for each recipe that may be chosen, the most precise first; a file
+            is one shape.
+        hardware: The machine, or the part of it that may be used.
+        wish: What is wanted.
+        calibration: A measurement of this machine.
+
+    Raises:
+        UsageError: If the wish cannot be meant.
+        MemoryPlanError: If nothing fits; it says what would.
+    """
+    check_wish(shapes[0], wish)
+    is_max = wish.n_ctx is None
+    if is_max and len(shapes) > 1:
+        # The smallest recipe allows the longest context; the others are measured by it.
+        wish = replace(wish, n_ctx=longest_n_ctx(shapes[-1], hardware, wish))
+    plan = _plan(shapes, hardware, wish, calibration)
+    return replace(plan, wish=replace(plan.wish, n_ctx=None)) if is_max else plan
+
+
+def _plan(
+    shapes: Sequence[ModelShape],
+    hardware: Hardware,
+    wish: Wish,
+    calibration: Calibration | None,
+) -> Plan:
+    if len(shapes) == 1:
+        plan = _plan_shape(shapes[0], hardware, wish, calibration)
+    else:
+        plan = _choose_recipe(shapes, hardware, wish, calibration)
+    if plan is None:
+        raise _no_plan(shapes[-1], hardware, wish)
+    return plan
+
+
+def _choose_recipe(
+    shapes: Sequence[ModelShape],
+    hardware: Hardware,
+    wish: Wish,
+    calibration: Calibration | None,
+) -> Plan | None:
+    # Precision is cheap while everything lies on an accelerator with memory of its own; elsewhere
+    # each bit is paid for in speed, as bandwidth is what is short.
+    if hardware.accelerators and not hardware.is_unified:
+        for limit in (_COMFORT, _FRUGAL):
+            for shape in shapes:
+                whole = _plan_whole(shape, hardware, wish, calibration, limit)
+                if whole is not None:
+                    where = " and ".join(gpu.name for gpu in hardware.accelerators)
+                    reason = f"the most bits of which everything fits {where}"
+                    return replace(whole, recipe_reason=reason)
+    precise = [shape for shape in shapes if shape.bpw >= _ENOUGH_BITS]
+    plans = [p for s in precise if (p := _plan_shape(s, hardware, wish, calibration))]
+    if plans:
+        fastest = max(plans, key=lambda plan: plan.speed.decode_tps)
+        return replace(fastest, recipe_reason="the fastest of those with 4 bits and more")
+    rest = (_plan_shape(s, hardware, wish, calibration) for s in shapes if s not in precise)
+    first = next((plan for plan in rest if plan), None)
+    return first and replace(first, recipe_reason="the most bits that fit")
+
+
+def check_wish(shape: ModelShape, wish: Wish) -> None:
+    """Refuse what no amount of memory would make possible.
+
+    Raises:
+        UsageError: Naming the number and the limit.
+    """
+    n_train, n_ctx = shape.arch.n_ctx_train, wish.n_ctx
+    if n_ctx is not None and not 0 < n_ctx <= n_train:
+        raise UsageError(
+            f"n_ctx {n_ctx:,} is outside what {shape.name} was trained for: 1 to {n_train:,}",
+            tries=[f"nanorun plan {shape.name} --n-ctx max"],
+        )
+    n_seq = wish.n_parallel + (wish.n_seq_spare or 0)
+    if wish.n_parallel < 1 or n_seq > MAX_SEQUENCES:
+        raise UsageError(
+            f"{n_seq} sequences asked for, but the engine keeps 1 to {MAX_SEQUENCES} apart",
+            tries=[f"nanorun plan {shape.name} --parallel {min(8, MAX_SEQUENCES)}"],
+        )
+
+
+def longest_n_ctx(shape: ModelShape, hardware: Hardware, wish: Wish) -> int | None:
+    """The longest context that fits at all, or None if not even the shortest does."""
+    return _longest(
+        shape, hardware, wish, lambda s, h, tried: _place(s, h, tried, wish) is not None
+    )
+
+
+def _longest(
+    shape: ModelShape,
+    hardware: Hardware,
+    wish: Wish,
+    fits: Callable[[ModelShape, Hardware, Settings], bool],
+) -> int | None:
+    def does(n_ctx: int) -> bool:
+        frugal = _with_least_checkpoints(shape, _smallest(replace(wish, n_ctx=n_ctx), hardware))
+        return fits(shape, hardware, frugal)
+
+    if does(shape.arch.n_ctx_train):
+        return shape.arch.n_ctx_train
+    low, high = 0, shape.arch.n_ctx_train // _N_CTX_STEP
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if does(middle * _N_CTX_STEP) else (low, middle)
+    return low * _N_CTX_STEP or None
+
+
+def _fits(shape: ModelShape, hardware: Hardware, settings: Settings) -> bool:
+    return all(use.spare_bytes >= 0 for use in device_uses(shape, settings, hardware))
+
+
+def _plan_shape(
+    shape: ModelShape, hardware: Hardware, wish: Wish, calibration: Calibration | None
+) -> Plan | None:
+    """The plan for a shape: whole on one kind of device if that fits, else spread."""
+    if hardware.accelerators:
+        plan = _plan_whole(shape, hardware, wish, calibration, _FRUGAL)
+        if plan is not None:
+            return plan
+    n_ctx = wish.n_ctx or longest_n_ctx(shape, hardware, wish)
+    frugal = _smallest(replace(wish, n_ctx=n_ctx), hardware) if n_ctx else None
+    if frugal is None or _place(shape, hardware, frugal, wish) is None:
+        return None
+    economies = list(_economies(replace(wish, n_ctx=n_ctx), hardware, _FRUGAL))
+    if hardware.accelerators:
+        # Each byte on the accelerator is better spent on experts than on comfort.
+        economies = _representatives(economies)
+    placed = (_place(shape, hardware, settings, wish) for settings in economies)
+    plans = (
+        Plan(shape, _with_checkpoints(shape, hardware, settings), hardware, wish, calibration)
+        for settings in placed
+        if settings is not None
+    )
+    if not hardware.accelerators:
+        return next(plans, None)
+    found = list(plans)
+    fastest = max((plan.speed.decode_tps for plan in found), default=0.0)
+    # The most comfortable of those that are about as fast.
+    return next((p for p in found if p.speed.decode_tps >= _NEARLY * fastest), None)
+
+
+def _plan_whole(
+    shape: ModelShape,
+    hardware: Hardware,
+    wish: Wish,
+    calibration: Calibration | None,
+    most_cost: int,
+) -> Plan | None:
+    """The plan that keeps all layers on accelerators, if there is one."""
+    if not hardware.is_unified and shape.weights_bytes - shape.embedding_bytes > sum(
+        gpu.free_bytes for gpu in hardware.accelerators
+    ):
+        return None
+    n_ctx = wish.n_ctx or _longest(shape, hardware, wish, _fits)
+    if n_ctx is None:
+        return None
+    for settings in _economies(replace(wish, n_ctx=n_ctx), hardware, most_cost):
+        settings = _with_least_checkpoints(shape, settings)
+        if _fits(shape, hardware, settings):
+            settled = _with_checkpoints(shape, hardware, settings)
+            return Plan(shape, settled, hardware, wish, calibration)
+    return None
+
+
+def _representatives(economies: Sequence[Settings]) -> list[Settings]:
+    """One economy for each type of the KV cache, the most comfortable with large batches."""
+    by_type: dict[GgmlType, Settings] = {}
+    for settings in economies:
+        by_type.setdefault(settings.type_k, settings)
+    return list(dict.fromkeys([*by_type.values(), economies[-1]]))
+
+
+def _economies(wish: Wish, hardware: Hardware, most_cost: int) -> Iterator[Settings]:
+    """Settings that meet the wish, from the most comfortable to the most frugal."""
+    assert wish.n_ctx is not None
+    kv_types = [wish.type_kv] if wish.type_kv else list(_kv_types(hardware))
+    ubatches = [wish.n_ubatch] if wish.n_ubatch else list(_UBATCHES)
+    most = MAX_SEQUENCES - wish.n_parallel
+    spares = [n for n in _SPARES if n <= most] if wish.n_seq_spare is None else [wish.n_seq_spare]
+    choices = [
+        (_KV_COSTS.get(kv, 0) + _UBATCHES.get(n_ubatch, 0) + _SPARES.get(spare, 0), i, settings)
+        for i, (kv, n_ubatch, spare) in enumerate(
+            (kv, n_ubatch, spare) for kv in kv_types for n_ubatch in ubatches for spare in spares
+        )
+        for settings in [_settings(wish, kv, n_ubatch, spare)]
+    ]
+    for cost, _, settings in sorted(choices, key=lambda choice: choice[:2]):
+        if cost <= most_cost:
+            yield settings
+
+
+def _kv_types(hardware: Hardware) -> tuple[GgmlType, ...]:
+    # With 4-bit KV, prefill on unified memory was reported to fall to a tenth.
+    return KV_TYPES[:2] if hardware.is_unified else KV_TYPES
+
+
+def _smallest(wish: Wish, hardware: Hardware) -> Settings:
+    """The most frugal settings that are chosen without being asked for."""
+    kv = wish.type_kv or _kv_types(hardware)[-1]
+    return _settings(wish, kv, wish.n_ubatch or min(_UBATCHES), wish.n_seq_spare or 0)
+
+
+def _settings(wish: Wish, kv: GgmlType, n_ubatch: int, n_seq_spare: int) -> Settings:
+    assert wish.n_ctx is not None
+    return Settings(
+        n_ctx=padded_n_ctx(wish.n_ctx), n_parallel=wish.n_parallel, n_seq_spare=n_seq_spare,
+        n_ubatch=n_ubatch, type_k=kv, type_v=kv, checkpoint_bytes=0, archive_bytes=0,
+    )  # fmt: skip
+
+
+# -- placement ----------------------------------------------------------------------------------
+
+
+def _place(
+    shape: ModelShape, hardware: Hardware, settings: Settings, wish: Wish
+) -> Settings | None:
+    """The settings with as much on the accelerators as fits, or None."""
+    settings = _with_least_checkpoints(shape, settings)
+    for candidate in _placements(shape, hardware, settings, wish):
+        if _fits(shape, hardware, candidate):
+            return candidate
+    return None
+
+
+def _placements(
+    shape: ModelShape, hardware: Hardware, settings: Settings, wish: Wish
+) -> Iterator[Settings]:
+    if hardware.accelerators:
+        yield settings
+        yield from _offloads(shape, hardware, settings, wish)
+    if not hardware.is_unified:
+        yield replace(settings, n_gpu_layers=0)
+
+
+def _offloads(
+    shape: ModelShape, hardware: Hardware, settings: Settings, wish: Wish
+) -> Iterator[Settings]:
+    """The fewest experts, or else layers, on the host for which the accelerators suffice."""
+    if hardware.is_unified:
+        return
+
+    def fits(candidate: Settings) -> bool:
+        uses = device_uses(shape, candidate, hardware)
+        return all(use.spare_bytes >= 0 for use in uses[:-1])
+
+    n_layer = shape.arch.n_layer
+    steps = [
+        replace(settings, n_cpu_moe=i + 1)
+        for i, layer in enumerate(shape.layers[:n_layer])
+        if layer.experts and wish.may_split_experts
+    ]
+    if steps and fits(steps[-1]):
+        yield _first_fitting(steps, fits)
+        return
+    base = steps[-1] if steps else settings
+    layers = [replace(base, n_gpu_layers=n) for n in range(shape.arch.n_layer_all, 0, -1)]
+    if layers and fits(layers[-1]):
+        yield _first_fitting(layers, fits)
+
+
+def _first_fitting(steps: Sequence[Settings], fits: Callable[[Settings], bool]) -> Settings:
+    """The first of steps that ever more of fit; the last one does."""
+    low, high = 0, len(steps) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(steps[middle]) else (middle + 1, high)
+    return steps[low]
+
+
+# -- checkpoints --------------------------------------------------------------------------------
+
+
+def _with_least_checkpoints(shape: ModelShape, settings: Settings) -> Settings:
+    # Two turns of the conversation at hand, without which each turn reads everything again.
+    return replace(settings, checkpoint_bytes=2 * state_bytes(shape.arch), archive_bytes=0)
+
+
+def _with_checkpoints(shape: ModelShape, hardware: Hardware, settings: Settings) -> Settings:
+    """As many states in host memory as are useful and leave half of what is free to others."""
+    spare = device_uses(shape, settings, hardware)[-1].spare_bytes
+    least, share = settings.checkpoint_bytes, max(0, spare) // 4
+    return replace(
+        settings,
+        checkpoint_bytes=max(least, min(GIB, least + share)),
+        archive_bytes=min(2 * GIB, share),
+    )
+
+
+def _no_plan(shape: ModelShape, hardware: Hardware, wish: Wish) -> MemoryPlanError:
+    n_ctx = wish.n_ctx or _N_CTX_STEP
+    settings = _with_least_checkpoints(shape, _smallest(replace(wish, n_ctx=n_ctx), hardware))
+    if not hardware.is_unified:
+        settings = replace(settings, n_gpu_layers=0)
+    use = device_uses(shape, settings, hardware)[-1]
+    longest = None if wish.n_ctx is None else longest_n_ctx(shape, hardware, wish)
+    return MemoryPlanError(
+        f"{shape.name} at n_ctx {n_ctx:,} needs {format_gib(use.total_bytes)} at least,"
+        f" but {use.name} has {format_gib(use.free_bytes)} free",
+        facts=explain.shortfall(use, settings, hardware),
+        tries=explain.what_would_help(shape, wish, longest),
+    )

@@ -1,0 +1,271 @@
+"""Collecting an importance matrix: run a text through a model and add up what its matrices see.
+
+ggml's scheduler asks a callback about every operation. For the products of weights with activations
+it gives us the activations; experts are told apart by the ids that routed them. What is added up
+and how is that of llama.cpp's `llama-imatrix`, so the files agree.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
+
+from nanorun.errors import EngineError, UsageError
+from nanorun.model.ggml_type import GgmlType
+from nanorun.runtime.context import Context, Row
+from nanorun.runtime.library import load_llama
+from nanorun.runtime.model import LoadedModel
+from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.score import chunks_of
+from nanorun_quant.ggml import load_ggml
+from nanorun_quant.imatrix import Imatrix, read_imatrix, write_imatrix
+
+_N_BATCH = 256
+"""Rows of a decode. llama-imatrix passes over products of fewer than 16 rows."""
+_MIN_ROWS = 16
+_SAVE_EVERY = 16
+"""Chunks between two writes of the file."""
+_MUL_MAT, _MUL_MAT_ID = b"MUL_MAT", b"MUL_MAT_ID"
+# Beside the blocks: the output, or the embedding where it is that too.
+_OUTSIDE = ("output.weight", "token_embd.weight")
+
+
+class _Tensor(ctypes.Structure):
+    """`struct ggml_tensor` of ggml.h, 336 bytes."""
+
+
+_Tensor._fields_ = (
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(_Tensor) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+)
+
+
+def collect_imatrix(
+    path: Path,
+    text: str,
+    dataset: str,
+    out: Path,
+    n_ctx: int = 512,
+    options: EngineOptions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    special: bool = False,
+) -> Imatrix:
+    """Collect the imatrix of a model on a text into a file.
+
+    A file of the same text that was left unfinished is continued.
+
+    Args:
+        path: The model.
+        text: What to run through it.
+        dataset: What to call the text in the file.
+        out: The file, written every few chunks, and when the run is stopped.
+        n_ctx: Tokens of a chunk.
+        options: Threads and types.
+        progress: Called with chunks done and chunks in all.
+        special: Whether texts of control tokens become control tokens.
+
+    Raises:
+        UsageError: If the text is too short, or `out` is of another text.
+        ModelError: If the model or the file cannot be used.
+    """
+    options = options or EngineOptions()
+    model = LoadedModel(path, options)
+    try:
+        chunks = chunks_of(model, text, n_ctx, special=special)
+        if len(chunks[0]) < _MIN_ROWS:
+            raise UsageError(f"a text of {len(chunks[0])} tokens is too short for an imatrix")
+        imatrix = _started(out, text, dataset, len(chunks[0]))
+        collector = _Collector(imatrix)
+        sizes = replace(
+            options, n_ctx=len(chunks[0]), n_parallel=1, n_seq_spare=0, n_batch=_N_BATCH,
+            n_ubatch=_N_BATCH,
+        )  # fmt: skip
+        context = Context(model, sizes, n_outputs_max=_N_BATCH, eval_callback=collector.callback)
+        try:
+            _run(context, chunks, imatrix, collector, out, progress)
+        finally:
+            context.close()
+    finally:
+        model.close()
+    return imatrix
+
+
+def _started(out: Path, text: str, dataset: str, chunk_size: int) -> Imatrix:
+    """The imatrix in `out`, if it is of this text, or a new one."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if not out.exists():
+        return Imatrix({}, (dataset,), chunk_size, 0, str(out), digest)
+    found = read_imatrix(out)
+    if found.text_sha256 != digest or found.chunk_size != chunk_size:
+        raise UsageError(
+            f"{out} exists already, and is of another text or chunk size",
+            facts=[f"its text: {', '.join(found.datasets) or 'not said'}"],
+            tries=[f"rm {out}"],
+        )
+    return found
+
+
+def _run(
+    context: Context,
+    chunks: list[list[int]],
+    imatrix: Imatrix,
+    collector: _Collector,
+    out: Path,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    try:
+        while imatrix.n_chunks < len(chunks):
+            collector.begin()
+            _read(context, chunks[imatrix.n_chunks])
+            collector.commit()
+            if imatrix.n_chunks % _SAVE_EVERY == 0:
+                write_imatrix(out, imatrix)
+            if progress is not None:
+                progress(imatrix.n_chunks, len(chunks))
+    finally:
+        # Also when Ctrl-C stops it: whole chunks are kept, and continued from.
+        if imatrix.n_chunks:
+            write_imatrix(out, imatrix)
+
+
+def _read(context: Context, chunk: list[int]) -> None:
+    context.drop(0)
+    # In equal parts: a remainder of a few rows would be passed over.
+    n_batches = -(-len(chunk) // _N_BATCH)
+    bounds = [i * len(chunk) // n_batches for i in range(n_batches + 1)]
+    for start, end in pairwise(bounds):
+        context.decode([Row(0, start, chunk[start:end], wants_logits=True, all_logits=True)])
+
+
+class _Collector:
+    """The callback, and the sums of one chunk until it is whole."""
+
+    def __init__(self, imatrix: Imatrix) -> None:
+        self.imatrix = imatrix
+        self._chunk = Imatrix()
+        self._error: Exception | None = None
+        self._lib = _tensor_library()
+        self._ops = {
+            code: name
+            for code in range(self._lib.n_ops)
+            if (name := self._lib.op_name(code)) in (_MUL_MAT, _MUL_MAT_ID)
+        }
+        self.callback = load_llama().ggml_backend_sched_eval_callback(self._call)
+
+    def begin(self) -> None:
+        """Start a chunk."""
+        self._chunk = Imatrix()
+
+    def commit(self) -> None:
+        """Add the chunk to the imatrix.
+
+        Raises:
+            EngineError: If the callback failed in it.
+        """
+        if self._error is not None:
+            raise EngineError("the activations could not be read") from self._error
+        self.imatrix.merge(self._chunk)
+        self.imatrix.n_chunks += 1
+
+    def _call(self, pointer: int, ask: bool, _data: object) -> bool:
+        # An exception must not pass through C.
+        try:
+            tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
+            if ask:
+                return self._wants(tensor)
+            self._take(tensor)
+        except Exception as error:
+            self._error = self._error or error
+        return True
+
+    def _wants(self, tensor: _Tensor) -> bool:
+        op = self._ops.get(tensor.op)
+        if op is None:
+            return False
+        inputs = tensor.src[1].contents
+        if op == _MUL_MAT and inputs.ne[1] < _MIN_ROWS:
+            return False
+        name = _plain_name(tensor.src[0].contents.name)
+        is_weight = name.startswith("blk.") or name in _OUTSIDE
+        return is_weight and inputs.type == GgmlType.F32
+
+    def _take(self, tensor: _Tensor) -> None:
+        weight = tensor.src[0].contents
+        name, n_mat = _plain_name(weight.name), int(weight.ne[2])
+        # (n_token, n_used or 1, n_per_row) for experts, (1, n_token, n_per_row) otherwise.
+        inputs = self._lib.read(tensor.src[1], np.dtype("<f4"))
+        if self._ops[tensor.op] == _MUL_MAT:
+            self._chunk.add(name, 0, 1, inputs.reshape(-1, inputs.shape[-1]))
+            return
+        ids = self._lib.read(tensor.src[2], np.dtype("<i4")).reshape(inputs.shape[1], -1)
+        inputs = inputs[0]
+        n_slots = inputs.shape[1]
+        for expert in np.unique(ids):
+            i_token, i_used = np.nonzero(ids == expert)
+            self._chunk.add(name, int(expert), n_mat, inputs[i_token, i_used % n_slots])
+
+
+def _plain_name(raw: bytes) -> str:
+    """The weight's name, without the device that a copy of it is marked by: `CUDA0#NAME#0`."""
+    name = raw.decode("utf-8", "replace")
+    return name.split("#")[1] if "#" in name else name
+
+
+class _TensorLibrary:
+    """The few functions of ggml that read a tensor, wherever its data is."""
+
+    def __init__(self, lib: Any) -> None:
+        self._lib = lib
+        lib.ggml_op_name.argtypes, lib.ggml_op_name.restype = (ctypes.c_int,), ctypes.c_char_p
+        lib.ggml_nbytes.argtypes, lib.ggml_nbytes.restype = (ctypes.c_void_p,), ctypes.c_size_t
+        get = lib.ggml_backend_tensor_get
+        get.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
+        get.restype = None
+        self.n_ops = 64
+        """More than enough to find the two products, which stand early in `enum ggml_op`."""
+
+    def op_name(self, code: int) -> bytes:
+        """The name of an operation."""
+        name: bytes = self._lib.ggml_op_name(code)
+        return name
+
+    def read(self, tensor: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """The elements of a tensor as `(ne[2], ne[1], ne[0])`, with one more axis in front."""
+        pointer, t = ctypes.cast(tensor, ctypes.c_void_p), tensor.contents
+        n_bytes = self._lib.ggml_nbytes(pointer)
+        buffer = np.empty(n_bytes, np.uint8)
+        self._lib.ggml_backend_tensor_get(pointer, buffer.ctypes.data, 0, n_bytes)
+        return as_strided(
+            buffer[: n_bytes // dtype.itemsize * dtype.itemsize].view(dtype),
+            tuple(t.ne)[::-1],
+            tuple(t.nb)[::-1],
+            writeable=False,
+        )
+
+
+def _tensor_library() -> _TensorLibrary:
+    if ctypes.sizeof(_Tensor) != 336:
+        raise EngineError(f"struct ggml_tensor is {ctypes.sizeof(_Tensor)} bytes here, not 336")
+    return _TensorLibrary(load_ggml().library)

@@ -1,0 +1,42 @@
+"""How an engine is opened. The memory plan fills these; a flag overrides one of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Sizes of one opened model, in llama.cpp's own words."""
+
+    n_ctx: int = 8192
+    """KV cells, shared by all sequences; llama.cpp rounds it up to a multiple of 256."""
+    n_parallel: int = 4
+    """Requests that may run at the same time."""
+    n_seq_spare: int = 4
+    """Sequences beyond `n_parallel` that keep finished prompts in device memory."""
+    n_batch: int = 512
+    n_ubatch: int = 512
+    n_threads: int | None = None
+    """Threads of the engine; None for the physical cores."""
+    n_gpu_layers: int = -1
+    """Layers on the GPU; -1 for all."""
+    type_k: str = "f16"
+    type_v: str = "f16"
+    checkpoint_bytes: int = 2**30
+    """Host memory for recurrent states saved along the sequences."""
+    archive_bytes: int = 2 * 2**30
+    """Host memory for sequences that left the device."""
+    state_dir: str | None = None
+    """Folder where conversations' states outlive the process; None to keep none."""
+    state_bytes: int = 8 * 2**30
+    """Disk they may take."""
+    verbose: bool = False
+    """Let the engine's log through to stderr."""
+    read_ahead: bool = True
+    """Evaluate the known part of the next turn while nothing else runs."""
+
+    @property
+    def n_seq_max(self) -> int:
+        """Sequences of the context; each costs one recurrent state on the device."""
+        return self.n_parallel + self.n_seq_spare

@@ -1,0 +1,396 @@
+"""Which sequence holds which tokens, and how a new prompt gets the longest prefix for nothing.
+
+The tree's nodes are spans of evaluated tokens, each backed by KV cells once, however many
+sequences pass through it. A sequence is a path from the root. Recurrent state cannot be cut, so a
+prompt can start only where a state exists: at the end of a sequence, or at a checkpoint (a saved
+recurrent state of an inner position). What falls out of the device goes to the archive
+(`state_archive.py`) and comes back from there.
+
+    root ── system+tools ──●── question 1 ──●── thinking, answer      ● checkpoint
+                           └── question 1' ─●── ...
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from nanorun.runtime.state_archive import Archive, ArchivedState, StatePayload
+
+Place = Literal["device", "host", "disk"]
+
+
+class SequenceMemory(Protocol):
+    """What the tree asks of the engine's context; see `runtime/context.py`."""
+
+    def drop(self, seq_id: int) -> None:
+        """Forget a whole sequence."""
+
+    def fork(self, source: int, target: int) -> None:
+        """Copy a whole sequence into an empty one."""
+
+    def fork_at(self, source: int, target: int, n_tokens: int, state: bytes) -> None:
+        """Copy a sequence's beginning into an empty one, given the recurrent state of there."""
+
+    def rewind(self, seq_id: int, n_tokens: int, state: bytes) -> None:
+        """Shorten a sequence, given the recurrent state of there."""
+
+    def recurrent_state(self, seq_id: int) -> bytes:
+        """The recurrent state of a sequence's end."""
+
+    def full_state(self, seq_id: int) -> bytes:
+        """Everything of a sequence."""
+
+    def restore(self, seq_id: int, state: bytes) -> None:
+        """Fill an empty sequence from `full_state`."""
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A span of tokens `[start, end)` of the paths that pass through it."""
+
+    parent: Node | None
+    start: int
+    end: int
+    n_users: int = 0
+    """Child nodes and sequences that need this span."""
+
+
+@dataclass(eq=False, slots=True)
+class Branch:
+    """A device sequence: its tokens so far, and the states saved along them."""
+
+    seq_id: int
+    node: Node
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    checkpoints: dict[int, bytes] = field(default_factory=dict)
+    """Position to recurrent state."""
+    busy: bool = True
+    last_used: int = 0
+    n_cached: int = 0
+    """Tokens it began with."""
+    cached_from: Place = "device"
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens evaluated in this sequence."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """A place where a prompt can start: the first `n_tokens` of a holder."""
+
+    n_tokens: int
+    holder: Branch | ArchivedState | None
+    state: bytes | None
+    """The recurrent state of there; None at the holder's end."""
+
+    @property
+    def rank(self) -> tuple[int, bool, bool]:
+        on_device = isinstance(self.holder, Branch)
+        return (self.n_tokens, on_device, on_device and self.state is None)
+
+
+class PrefixTree:
+    """Owns the context's sequences.
+
+    Args:
+        memory: The engine's context.
+        n_seq_max: Sequences it has.
+        n_cells: KV cells it has.
+        archive: Where evicted sequences go.
+        checkpoint_bytes: Host memory for the recurrent states saved along the sequences.
+    """
+
+    def __init__(
+        self,
+        memory: SequenceMemory,
+        n_seq_max: int,
+        n_cells: int,
+        archive: Archive,
+        checkpoint_bytes: int = 2**30,
+    ) -> None:
+        self._memory = memory
+        self._archive = archive
+        self._n_cells = n_cells
+        self._checkpoint_budget = checkpoint_bytes
+        self._free_ids = list(range(n_seq_max - 1, -1, -1))
+        self._root = Node(None, 0, 0, n_users=1)
+        self._clock = 0
+        self.branches: list[Branch] = []
+        self.n_cells_used = 0
+
+    # -- prompts in -----------------------------------------------------------------------------
+
+    def acquire(self, prompt: Sequence[int]) -> Branch | None:
+        """A busy branch that already holds the longest usable prefix of `prompt`.
+
+        At least the prompt's last token is left to evaluate, since its logits are wanted.
+
+        Returns:
+            The branch, or None while every sequence is in use.
+        """
+        match = self.best_match(prompt)
+        branch = self._start(match)
+        if branch is None:
+            return None
+        branch.busy = True
+        branch.n_cached = branch.n_tokens
+        self._touch(branch)
+        return branch
+
+    def best_match(self, prompt: Sequence[int]) -> _Match:
+        """Where `prompt` can start with the least to evaluate."""
+        wanted = np.asarray(prompt, np.int32)
+        best = _Match(0, None, None)
+        holders: Iterable[Branch | ArchivedState] = (*self.branches, *self._archive.entries)
+        for holder in holders:
+            match = _usable(holder, wanted)
+            if match.n_tokens and match.rank > best.rank:
+                best = match
+        return best
+
+    def _start(self, match: _Match) -> Branch | None:
+        holder, n_tokens, state = match.holder, match.n_tokens, match.state
+        if isinstance(holder, Branch):
+            return self._continue(holder, n_tokens, state)
+        branch = self._new_branch(keep=None)
+        if branch is None or holder is None:
+            return branch
+        return self._recall(branch, holder, n_tokens, state)
+
+    def _continue(self, holder: Branch, n_tokens: int, state: bytes | None) -> Branch | None:
+        """Go on in an idle sequence, or fork a busy one or one whose tail is worth keeping."""
+        if state is None and not holder.busy:
+            return holder
+        branch = self._new_branch(keep=holder)
+        if branch is None:
+            if holder.busy or state is None:
+                return None
+            self._cut(holder, n_tokens, state)
+            return holder
+        if state is None:
+            self._memory.fork(holder.seq_id, branch.seq_id)
+        else:
+            self._memory.fork_at(holder.seq_id, branch.seq_id, n_tokens, state)
+        self._graft(branch, self._node_at(holder, n_tokens))
+        branch.tokens = holder.tokens[:n_tokens]
+        branch.checkpoints = {p: s for p, s in holder.checkpoints.items() if p <= n_tokens}
+        branch.cached_from = "device"
+        self._touch(holder)
+        return branch
+
+    def _recall(
+        self, branch: Branch, saved: ArchivedState, n_tokens: int, state: bytes | None
+    ) -> Branch | None:
+        """Bring an archived sequence back into `branch`; a damaged one is forgotten."""
+        payload = self._archive.read(saved)
+        if payload is None or not self.make_room(saved.n_tokens, keep=branch):
+            if payload is None:
+                self._archive.forget(saved)
+            return branch
+        self._memory.restore(branch.seq_id, payload.full)
+        self._grow(branch, saved.n_tokens)
+        branch.tokens = array("i", saved.tokens.tobytes())
+        branch.checkpoints = dict(payload.checkpoints)
+        branch.cached_from = saved.place
+        if n_tokens < saved.n_tokens:
+            self._cut(branch, n_tokens, payload.checkpoints[n_tokens] if state is None else state)
+        return branch
+
+    # -- progress -------------------------------------------------------------------------------
+
+    def extend(self, branch: Branch, tokens: Sequence[int]) -> None:
+        """Note tokens that were evaluated at the end of a branch."""
+        branch.tokens.extend(tokens)
+        self._grow(branch, len(tokens))
+        self._touch(branch)
+
+    def checkpoint(self, branch: Branch) -> None:
+        """Save the recurrent state of a branch's end; others give way when the budget is spent."""
+        position = branch.n_tokens
+        if not position or position in branch.checkpoints:
+            return
+        state = self._memory.recurrent_state(branch.seq_id)
+        if len(state) > self._checkpoint_budget:
+            return
+        branch.checkpoints[position] = state
+        while self.checkpoint_bytes > self._checkpoint_budget:
+            oldest = min((b for b in self.branches if b.checkpoints), key=lambda b: b.last_used)
+            del oldest.checkpoints[min(oldest.checkpoints)]
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Host memory of all saved states; forks share theirs."""
+        states = {id(s): len(s) for b in self.branches for s in b.checkpoints.values()}
+        return sum(states.values())
+
+    def release(self, branch: Branch, *, keep: bool = True) -> None:
+        """Give a branch back: kept idle for later prompts, or dropped."""
+        branch.busy = False
+        if not keep or not branch.n_tokens:
+            self._drop(branch)
+
+    # -- room -----------------------------------------------------------------------------------
+
+    @property
+    def n_cells_free(self) -> int:
+        """KV cells no sequence uses."""
+        return self._n_cells - self.n_cells_used
+
+    def make_room(self, n_cells: int, keep: Branch | None = None) -> bool:
+        """Evict idle sequences until `n_cells` are free; False if that is not possible."""
+        while self.n_cells_free < n_cells:
+            victim = self._cheapest_idle(keep)
+            if victim is None:
+                return False
+            self._evict(victim)
+        return True
+
+    def n_cells_obtainable(self) -> int:
+        """Free cells plus those that only idle sequences use."""
+        needed: set[int] = set()
+        total = 0
+        for branch in self.branches:
+            node: Node | None = branch.node if branch.busy else None
+            while node is not None and id(node) not in needed:
+                needed.add(id(node))
+                total += node.end - node.start
+                node = node.parent
+        return self._n_cells - total
+
+    def evict_idle(self) -> None:
+        """Move every idle sequence to the archive."""
+        for branch in [b for b in self.branches if not b.busy]:
+            self._evict(branch)
+
+    def close(self) -> None:
+        """Wait until what is to be saved is on disk."""
+        self._archive.close()
+
+    def _cheapest_idle(self, keep: Branch | None) -> Branch | None:
+        """The idle branch whose loss costs least: few tokens of its own, long unused."""
+        idle = [b for b in self.branches if not b.busy and b is not keep]
+        return min(idle, key=self._worth, default=None)
+
+    def _worth(self, branch: Branch) -> float:
+        return branch.n_tokens / (1 + self._clock - branch.last_used)
+
+    def _evict(self, branch: Branch) -> None:
+        state = self._describe(branch)
+        if not self._is_covered(branch) and self._archive.wants(state):
+            self._archive.put(state, self._payload(branch))
+        self._drop(branch)
+
+    def save(self, branch: Branch) -> None:
+        """Write an idle branch to the store, where it outlives the process."""
+        self._archive.save(self._describe(branch), self._payload(branch))
+
+    def _describe(self, branch: Branch) -> ArchivedState:
+        tokens = np.frombuffer(branch.tokens, np.int32).copy()
+        return ArchivedState(tokens, checkpoint_positions=frozenset(branch.checkpoints))
+
+    def _payload(self, branch: Branch) -> StatePayload:
+        return StatePayload(self._memory.full_state(branch.seq_id), dict(branch.checkpoints))
+
+    def _is_covered(self, branch: Branch) -> bool:
+        """Whether another sequence holds all its tokens, so that nothing is lost with it."""
+        mine = np.frombuffer(branch.tokens, np.int32)
+        return any(
+            _n_common(np.frombuffer(other.tokens, np.int32), mine) == branch.n_tokens
+            and branch.n_tokens in other.checkpoints
+            for other in self.branches
+            if other is not branch
+        )
+
+    # -- bookkeeping ----------------------------------------------------------------------------
+
+    def _new_branch(self, keep: Branch | None) -> Branch | None:
+        if not self._free_ids:
+            victim = self._cheapest_idle(keep)
+            if victim is None:
+                return None
+            self._evict(victim)
+        branch = Branch(self._free_ids.pop(), self._root)
+        self._root.n_users += 1
+        self.branches.append(branch)
+        return branch
+
+    def _drop(self, branch: Branch) -> None:
+        self._memory.drop(branch.seq_id)
+        self.branches.remove(branch)
+        self._free_ids.append(branch.seq_id)
+        self._unuse(branch.node)
+
+    def _unuse(self, node: Node | None) -> None:
+        while node is not None:
+            node.n_users -= 1
+            if node.n_users:
+                return
+            self.n_cells_used -= node.end - node.start
+            node = node.parent
+
+    def _graft(self, branch: Branch, node: Node) -> None:
+        """Move a branch (still at the root) onto a node of the tree."""
+        node.n_users += 1
+        self._unuse(branch.node)
+        branch.node = node
+
+    def _grow(self, branch: Branch, n_tokens: int) -> None:
+        """Lengthen a branch; a span that others use too gets a child."""
+        node = branch.node
+        if node.n_users > 1 or node is self._root:
+            branch.node = Node(node, node.end, node.end, n_users=1)
+            node = branch.node  # the branch's use of the old node is now the child's
+        node.end += n_tokens
+        self.n_cells_used += n_tokens
+
+    def _cut(self, branch: Branch, n_tokens: int, state: bytes) -> None:
+        """Shorten an idle or fresh branch to a checkpoint of its own."""
+        self._memory.rewind(branch.seq_id, n_tokens, state)
+        node = self._node_at(branch, n_tokens)
+        node.n_users += 1
+        self._unuse(branch.node)
+        branch.node = node
+        branch.tokens = branch.tokens[:n_tokens]
+        branch.checkpoints = {p: s for p, s in branch.checkpoints.items() if p <= n_tokens}
+
+    def _node_at(self, branch: Branch, n_tokens: int) -> Node:
+        """The node that ends exactly at `n_tokens` on a branch's path, split off if need be."""
+        node = branch.node
+        while node.parent is not None and node.start >= n_tokens:
+            node = node.parent
+        if node.end == n_tokens:
+            return node
+        upper = Node(node.parent, node.start, n_tokens, n_users=1)
+        node.parent, node.start = upper, n_tokens
+        return upper
+
+    def _touch(self, branch: Branch) -> None:
+        self._clock += 1
+        branch.last_used = self._clock
+
+
+def _usable(holder: Branch | ArchivedState, wanted: np.ndarray) -> _Match:
+    held = np.frombuffer(holder.tokens, np.int32) if isinstance(holder, Branch) else holder.tokens
+    n_common = _n_common(held, wanted)
+    limit = min(n_common, len(wanted) - 1)
+    if n_common == len(held) and 0 < n_common <= limit:
+        return _Match(n_common, holder, None)
+    if isinstance(holder, Branch):
+        position = max((p for p in holder.checkpoints if p <= limit), default=0)
+        return _Match(position, holder, holder.checkpoints.get(position))
+    position = max((p for p in holder.checkpoint_positions if p <= limit), default=0)
+    return _Match(position, holder, None)
+
+
+def _n_common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common prefix of two token arrays."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n

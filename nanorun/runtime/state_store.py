@@ -1,0 +1,290 @@
+"""Prompt states on disk: the file format, and a folder of such files.
+
+A file holds one sequence: its tokens, its KV and recurrent state, and the recurrent states saved
+along it. It is written to a temporary name and renamed, every section carries a checksum, and the
+header names the model it belongs to, so that a torn, damaged or foreign file is never loaded.
+
+    magic 8 | header length u32 | header JSON | header digest 16 | tokens | full state | checkpoints
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from nanorun.runtime.model import LoadedModel
+from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.state_archive import ArchivedState, StatePayload
+
+log = logging.getLogger(__name__)
+
+MAGIC = b"NRSTATE\x01"
+SUFFIX = ".nrstate"
+_DIGEST_BYTES = 16
+_MAX_HEADER_BYTES = 2**20
+
+
+class BadStateFile(Exception):
+    """A state file that is torn, damaged, foreign or of another version."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateHeader:
+    """What a file says about itself; enough to decide whether a prompt can use it."""
+
+    fingerprint: str
+    tokens: NDArray[np.int32]
+    checkpoint_positions: tuple[int, ...]
+    n_bytes: int
+
+
+def open_store(model: LoadedModel, options: EngineOptions) -> StateStore | None:
+    """The store that an engine's options ask for, if any."""
+    if options.state_dir is None:
+        return None
+    types = f"{options.type_k}/{options.type_v}"
+    identity = f"{model.fingerprint}/{types}/{version('llama-cpp-python')}"
+    fingerprint = hashlib.blake2b(identity.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+    return StateStore(Path(options.state_dir), fingerprint, options.state_bytes)
+
+
+class StateStore:
+    """A folder of state files of one model.
+
+    Args:
+        folder: Where they are; made when the first is written.
+        fingerprint: What they must belong to: model file, cache types, engine.
+        budget_bytes: Disk they may take; the least recently used go first.
+        max_age_s: Files unused for longer are removed.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: str, budget_bytes: int, max_age_s: float = 30 * 86400
+    ) -> None:
+        self._folder = folder
+        self._fingerprint = fingerprint
+        self._budget = budget_bytes
+        self._max_age_s = max_age_s
+        self._entries: list[ArchivedState] = []
+        self._lock = threading.Lock()
+        for path in folder.glob("*.part"):
+            if not _is_being_written(path):
+                path.unlink(missing_ok=True)
+        for path in sorted(folder.glob("*" + SUFFIX), key=_last_used):
+            self._adopt(path)
+        self._prune()
+
+    @property
+    def entries(self) -> tuple[ArchivedState, ...]:
+        """The sequences it holds for this model."""
+        with self._lock:
+            return tuple(self._entries)
+
+    def _adopt(self, path: Path) -> None:
+        """List a file found in the folder; one of another model stays, a damaged one goes."""
+        try:
+            header = read_header(path)
+        except BadStateFile as error:
+            log.warning("removed the damaged state file %s: %s", path.name, error)
+            path.unlink(missing_ok=True)
+            return
+        if header.fingerprint == self._fingerprint:
+            positions = frozenset(header.checkpoint_positions)
+            self._entries.append(ArchivedState(header.tokens, "disk", positions, path))
+
+    def save(self, state: ArchivedState, payload: StatePayload) -> ArchivedState | None:
+        """Write a sequence; files of its own prefixes that it makes useless are removed.
+
+        Returns:
+            The entry, or None where the disk refused (logged, never raised: a reply matters more).
+        """
+        name = hashlib.blake2b(
+            self._fingerprint.encode() + state.tokens.tobytes(), digest_size=_DIGEST_BYTES
+        ).hexdigest()
+        path = self._folder / (name + SUFFIX)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_state(path, self._fingerprint, state.tokens, payload)
+        except OSError as error:
+            log.warning("a prompt state of %d bytes was not saved: %s", payload.n_bytes, error)
+            return None
+        entry = ArchivedState(state.tokens, "disk", frozenset(payload.checkpoints), path)
+        for old in self.entries:
+            if old.path != path and entry.makes_useless(old):
+                self.forget(old)
+        with self._lock:
+            self._entries = [e for e in self._entries if e.path != path] + [entry]
+        self._prune()
+        return entry
+
+    def load(self, entry: ArchivedState) -> StatePayload | None:
+        """The states of an entry; None (and the file removed) if they are damaged."""
+        assert entry.path is not None
+        try:
+            payload = read_payload(entry.path)
+        except BadStateFile as error:
+            log.warning("removed the damaged state file %s: %s", entry.path.name, error)
+            self.forget(entry)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry.path)
+        return payload
+
+    def forget(self, entry: ArchivedState) -> None:
+        """Remove a file."""
+        with self._lock:
+            self._entries = [e for e in self._entries if e is not entry]
+        if entry.path is not None:
+            entry.path.unlink(missing_ok=True)
+
+    def _prune(self) -> None:
+        """Remove what is too old, then the least recently used until the budget holds.
+
+        The folder is shared by all models, so files of others count and may go too.
+        """
+        files = sorted(self._folder.glob("*" + SUFFIX), key=_last_used)
+        n_bytes = sum(_size(path) for path in files)
+        oldest_allowed = time.time() - self._max_age_s
+        for path in files:
+            if n_bytes <= self._budget and _last_used(path) >= oldest_allowed:
+                break
+            n_bytes -= _size(path)
+            with self._lock:
+                self._entries = [e for e in self._entries if e.path != path]
+            path.unlink(missing_ok=True)
+
+
+def _is_being_written(temporary: Path) -> bool:
+    """Whether the process that a temporary name belongs to still runs."""
+    pid = temporary.stem.rpartition(".")[2]
+    return pid.isdigit() and psutil.pid_exists(int(pid))
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def write_state(
+    path: Path, fingerprint: str, tokens: NDArray[np.int32], payload: StatePayload
+) -> None:
+    """Write a state file; the name appears only when the file is whole.
+
+    Raises:
+        OSError: If the disk refuses; nothing is left behind then.
+    """
+    sections = [tokens.astype("<i4").tobytes(), payload.full, *payload.checkpoints.values()]
+    header = json.dumps(
+        {
+            "fingerprint": fingerprint,
+            "checkpoints": list(payload.checkpoints),
+            "sections": [[len(s), _digest(s).hex()] for s in sections],
+        }
+    ).encode()
+    temporary = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(MAGIC + struct.pack("<I", len(header)) + header + _digest(header))
+            for section in sections:
+                file.write(section)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_header(path: Path) -> StateHeader:
+    """The header and tokens of a state file.
+
+    Raises:
+        BadStateFile: If they are not sound.
+    """
+    with _open(path) as file:
+        header, sections = _read_header(file)
+        tokens = _read_section(file, sections[0])
+        n_bytes = os.fstat(file.fileno()).st_size
+        n_left = n_bytes - file.tell() - sum(size for size, _ in sections[1:])
+    if n_left:
+        raise BadStateFile(f"{path.name} has {n_left:+} bytes more than its header says")
+    return StateHeader(
+        str(header["fingerprint"]),
+        np.frombuffer(tokens, "<i4").astype(np.int32),
+        tuple(header["checkpoints"]),
+        n_bytes,
+    )
+
+
+def read_payload(path: Path) -> StatePayload:
+    """The states of a file, checked against their checksums.
+
+    Raises:
+        BadStateFile: If any byte is not what was written.
+    """
+    with _open(path) as file:
+        header, sections = _read_header(file)
+        _read_section(file, sections[0])
+        full = _read_section(file, sections[1])
+        states = [_read_section(file, section) for section in sections[2:]]
+    return StatePayload(full, dict(zip(header["checkpoints"], states, strict=True)))
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+        raise BadStateFile(f"{path.name}: {error}") from error
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, Any], list[tuple[int, bytes]]]:
+    if file.read(len(MAGIC)) != MAGIC:
+        raise BadStateFile("not a state file of this version")
+    (n,) = struct.unpack("<I", file.read(4))
+    if n > _MAX_HEADER_BYTES:
+        raise BadStateFile(f"a header of {n} bytes")
+    raw = file.read(n)
+    if file.read(_DIGEST_BYTES) != _digest(raw):
+        raise BadStateFile("the header is damaged")
+    header = json.loads(raw)
+    sections = [(int(size), bytes.fromhex(digest)) for size, digest in header["sections"]]
+    if len(sections) != 2 + len(header["checkpoints"]):
+        raise BadStateFile("the header contradicts itself")
+    return header, sections
+
+
+def _read_section(file: BinaryIO, section: tuple[int, bytes]) -> bytes:
+    n_bytes, digest = section
+    data = file.read(n_bytes)
+    if len(data) != n_bytes or _digest(data) != digest:
+        raise BadStateFile("a section is damaged")
+    return data
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()

@@ -1,0 +1,245 @@
+"""The child process that owns the engine: frames in on stdin, frames out on stdout.
+
+A ggml abort, an out-of-memory kill or a corrupt file ends this process and nothing else. It ends
+by itself when its parent does: stdin closes, and on Linux the kernel signals it as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nanorun.errors import EngineError, NanorunError
+from nanorun.model.chat import (
+    Event,
+    Finished,
+    GenerateOptions,
+    Message,
+    ModelInfo,
+    TextDelta,
+    ThinkingDelta,
+)
+from nanorun.runtime import wire
+from nanorun.runtime.engine import Engine
+from nanorun.runtime.model import LoadedModel
+from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.request import prepare_anchor, prepare_request
+from nanorun.runtime.score import score_text
+
+Frame = dict[str, Any]
+
+_EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+# Idle time after which conversations that changed are written to disk.
+_SAVE_AFTER_S = 2.0
+
+
+@dataclass(slots=True)
+class Turn:
+    """A reply in the making, kept for reading ahead once it is complete."""
+
+    messages: list[Message]
+    options: GenerateOptions
+    thinking: str = ""
+    answer: str = ""
+
+    def take(self, event: Event) -> None:
+        """Collect what was said."""
+        if isinstance(event, ThinkingDelta):
+            self.thinking += event.text
+        elif isinstance(event, TextDelta):
+            self.answer += event.text
+
+
+class Worker:
+    """Reads verbs, drives the engine, writes events."""
+
+    def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
+        self._source = source
+        self._sink = sink
+        self._inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._engine: Engine | None = None
+        self._turns: dict[str, Turn] = {}
+
+    def run(self) -> None:
+        """Open the model named by the first frame, then serve until told to close."""
+        opening = self._read()
+        if opening is None:
+            return
+        try:
+            self._engine = self._open(opening)
+        except NanorunError as error:
+            self._send(opening["id"], wire.error_to_json(error))
+            return
+        info = asdict(describe(self._engine))
+        self._send(opening["id"], {"kind": "ready", "info": info})
+        threading.Thread(target=self._listen, daemon=True).start()
+        try:
+            self._serve(self._engine)
+        finally:
+            self._engine.close()
+
+    def _open(self, frame: Frame) -> Engine:
+        options = EngineOptions(**frame["options"])
+        if options.verbose:
+            logging.getLogger().setLevel(logging.DEBUG)
+        return Engine(LoadedModel(Path(frame["path"]), options), options)
+
+    def _serve(self, engine: Engine) -> None:
+        while True:
+            while not engine.busy or not self._inbox.empty():
+                frame = self._next_frame(engine)
+                if frame["verb"] == "close":
+                    return
+                self._handle(engine, frame)
+            for request_id, output in engine.step():
+                self._deliver(engine, request_id, output)
+
+    def _next_frame(self, engine: Engine) -> Frame:
+        """Wait for a frame; when none comes for a while, use the time to save."""
+        try:
+            return self._inbox.get(timeout=_SAVE_AFTER_S)
+        except queue.Empty:
+            while self._inbox.empty() and engine.save_one():
+                pass
+            return self._inbox.get()
+
+    def _deliver(self, engine: Engine, request_id: str, output: Event | NanorunError) -> None:
+        turn = self._turns.get(request_id)
+        if isinstance(output, NanorunError):
+            self._turns.pop(request_id, None)
+            self._send(request_id, wire.error_to_json(output))
+            return
+        if turn is not None:
+            turn.take(output)
+        self._send(request_id, wire.event_to_json(output))
+        if isinstance(output, Finished):
+            self._turns.pop(request_id, None)
+            if turn is not None and output.reason in ("stop", "length"):
+                self._read_ahead(engine, request_id, turn)
+
+    def _read_ahead(self, engine: Engine, request_id: str, turn: Turn) -> None:
+        """Queue the known part of the next turn, to be read while nothing else runs."""
+        if not engine.options.read_ahead or engine.busy:
+            return
+        reply = Message("assistant", turn.answer.strip(), thinking=turn.thinking or None)
+        with contextlib.suppress(NanorunError):  # nobody asked for it, so nobody is told
+            anchor = prepare_anchor(request_id, engine.model, turn.messages, reply, turn.options)
+            if anchor is not None:
+                engine.submit(anchor)
+
+    def _listen(self) -> None:
+        """Reader thread. A cancellation takes effect even while a batch is being evaluated."""
+        while (frame := self._read()) is not None:
+            if frame["verb"] == "cancel" and self._engine is not None:
+                self._engine.cancel(frame["id"])
+            self._inbox.put(frame)
+        os._exit(0)  # the parent is gone: nobody is left to answer
+
+    def _handle(self, engine: Engine, frame: Frame) -> None:
+        request_id, verb = frame["id"], frame["verb"]
+        try:
+            if verb == "generate":
+                messages = [wire.message_from_json(m) for m in frame["messages"]]
+                options = wire.options_from_json(frame["options"])
+                engine.submit(prepare_request(request_id, engine.model, messages, options))
+                self._turns[request_id] = Turn(messages, options)
+            elif verb == "cancel":
+                engine.cancel(request_id)
+            elif verb == "finish_thinking":
+                engine.finish_thinking(request_id)
+            elif verb == "set_budget":
+                engine.set_budget(request_id, frame["budget"])
+            elif verb == "tokenize":
+                tokens = engine.model.tokenize(frame["text"], special=frame["special"])
+                self._send(request_id, {"kind": "result", "value": tokens})
+            elif verb == "score":
+                self._score(engine, frame)
+            else:
+                raise EngineError(f"the engine does not know the verb {verb!r}")
+        except NanorunError as error:
+            self._send(request_id, wire.error_to_json(error))
+
+    def _score(self, engine: Engine, frame: Frame) -> None:
+        def progress(n_done: int, n_total: int) -> None:
+            self._send(frame["id"], {"kind": "progress", "n_done": n_done, "n_total": n_total})
+
+        result = score_text(engine.model, engine.options, frame["text"], frame["n_ctx"], progress)
+        self._send(frame["id"], {"kind": "result", "value": asdict(result)})
+
+    def _read(self) -> Frame | None:
+        header = self._source.read(wire.HEADER_BYTES)
+        if len(header) < wire.HEADER_BYTES:
+            return None
+        body = self._source.read(wire.frame_bytes(header))
+        return wire.unpack(body) if body else None
+
+    def _send(self, request_id: str, payload: Frame) -> None:
+        self._sink.write(wire.pack({"id": request_id, **payload}))
+        self._sink.flush()
+
+
+def describe(engine: Engine) -> ModelInfo:
+    """What the opened model is."""
+    model, metadata = engine.model, engine.model.metadata
+    return ModelInfo(
+        name=str(metadata.get("general.name") or model.path.stem),
+        path=str(model.path),
+        arch=str(metadata["general.architecture"]),
+        n_params=sum(tensor.n_elements for tensor in model.gguf.tensors.values()),
+        file_bytes=model.gguf.file_bytes,
+        n_vocab=model.n_vocab,
+        n_layer=model.arch.n_layer,
+        n_ctx=engine.context.n_ctx,
+        n_ctx_train=model.arch.n_ctx_train,
+        n_seq_max=engine.options.n_seq_max,
+        recipe=metadata.get("nanorun.recipe"),
+        load_s=model.load_s,
+        device=model.device,
+    )
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to end this process when its parent dies, however it dies."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def main() -> None:
+    """Serve on the standard streams.
+
+    Native code may print to stdout; frames go out on a private copy of it, and what anyone else
+    writes there joins stderr.
+    """
+    _die_with_parent()
+    # Ctrl-C and a service manager's stop reach the whole process group. The parent decides: it may
+    # still want to finish replies, and closes stdin when it is done.
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    source = os.fdopen(os.dup(0), "rb")
+    try:
+        Worker(source, sink).run()
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(_EXIT_BUG)  # the reader thread may hold the lock of its stream
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""/v1/chat/completions: from a request to the engine and back, whole or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from starlette.requests import ClientDisconnect
+
+from nanorun.model.chat import Event, Finished, GenerateOptions, Message, Notice, PrefillProgress
+from nanorun.runtime.client import Client
+from nanorun.server import sse
+from nanorun.server.admission import Admission
+from nanorun.server.errors import ApiError, to_api_error
+from nanorun.server.replies import Reply
+from nanorun.server.schema import ChatRequest
+from nanorun.server.settings import ServerSettings
+
+_CLIENT_CLOSED_REQUEST = 499
+
+
+class ChatEndpoint:
+    """Answers conversations.
+
+    Args:
+        client: What generates.
+        model_name: The model's name towards clients.
+        settings: Limits and defaults.
+    """
+
+    def __init__(self, client: Client, model_name: str, settings: ServerSettings) -> None:
+        self._client = client
+        self._model_name = model_name
+        self._settings = settings
+        self.admission = Admission(settings.n_parallel, settings.max_queued)
+
+    async def answer(self, body: ChatRequest, request: Request) -> Response:
+        """The response to a request that has been parsed.
+
+        Raises:
+            ApiError: If it is refused.
+            NanorunError: If it fails before the response has begun.
+        """
+        body.check_supported()
+        self._check_model(body.model)
+        messages = body.to_messages()
+        options = body.to_options(default_think=self._settings.think)
+        try:
+            if body.stream:
+                chunks = self._chunks(messages, options, include_usage=body.wants_usage)
+                # Up to the first chunk a failure can still have an HTTP status of its own.
+                first = await sse.while_connected(request.receive, _first(chunks))
+                return sse.EventStream(first, chunks)
+            work = self._completion(messages, options)
+            return JSONResponse(await sse.while_connected(request.receive, work))
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+    def _check_model(self, asked: str | None) -> None:
+        info = self._client.info
+        known = {self._model_name, info.name if info else self._model_name}
+        if asked is not None and asked not in known:
+            message = f"there is no model {asked!r} here; this endpoint serves {self._model_name!r}"
+            raise ApiError(404, message, code="model_not_found", param="model")
+
+    async def _completion(
+        self, messages: Sequence[Message], options: GenerateOptions
+    ) -> dict[str, Any]:
+        reply = Reply(self._model_name)
+        with self.admission.place():
+            async with aclosing(self._client.generate(messages, options)) as events:
+                async for event in events:
+                    reply.take(event)
+        return reply.completion()
+
+    async def _chunks(
+        self, messages: Sequence[Message], options: GenerateOptions, *, include_usage: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """The stream's bytes. What fails after its first chunk becomes an event of the stream."""
+        reply = Reply(self._model_name)
+        pause_s = self._settings.keepalive_s
+        has_begun = False
+        with self.admission.place():
+            try:
+                async with (
+                    aclosing(self._client.generate(messages, options)) as generation,
+                    aclosing(sse.with_pauses(generation, pause_s)) as events,
+                ):
+                    async for event in events:
+                        if not has_begun:
+                            has_begun = True
+                            yield sse.encode(reply.opening())
+                        for chunk in _encode_event(reply, event, include_usage):
+                            yield chunk
+            except Exception as error:
+                if not has_begun:
+                    raise
+                yield sse.encode(to_api_error(error).body())
+
+
+async def _first(chunks: AsyncGenerator[bytes, None]) -> bytes:
+    return await anext(chunks)
+
+
+def _encode_event(reply: Reply, event: Event | None, include_usage: bool) -> list[bytes]:
+    """The bytes that tell a client of an event; comments where there is no chunk for it."""
+    match event:
+        case None:
+            return [sse.comment("waiting")]
+        case PrefillProgress(n_done=n_done, n_total=n_total):
+            return [sse.comment(f"prompt {n_done} of {n_total} tokens")]
+        case Notice(text):
+            return [sse.comment(text)]
+        case Finished(usage=usage):
+            last = [sse.encode(reply.chunk(event))]
+            if include_usage:
+                last.append(sse.encode(reply.usage_chunk(usage)))
+            return [*last, sse.DONE]
+        case _:
+            return [sse.encode(reply.chunk(event))]

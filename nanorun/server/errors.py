@@ -1,0 +1,143 @@
+"""Every failure as the error body that OpenAI's clients understand."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from nanorun.errors import ContextFull, EngineDied, EngineError, NanorunError, UsageError
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """A request that is refused or failed, in the API's terms.
+
+    Args:
+        status: HTTP status.
+        message: What is wrong, for a person.
+        type: OpenAI's class of the error.
+        code: OpenAI's name of the error, where it has one.
+        param: The field that is wrong (`messages[0].content`).
+        headers: Further response headers.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body, the same inside a stream of events."""
+        fields = {"message": self.message, "type": self.type}
+        return {"error": {**fields, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole HTTP response."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What a client is told about a failure; an unforeseen one is logged and not described."""
+    match error:
+        case ApiError():
+            return error
+        case ContextFull():
+            return ApiError(400, _text(error), code="context_length_exceeded", param="messages")
+        case UsageError():
+            return ApiError(400, _text(error))
+        case EngineDied():
+            log.warning("%s; the next request starts a new one", _text(error))
+            headers = {"Retry-After": "1"}
+            return _server_error(503, _text(error), code="engine_died", headers=headers)
+        case EngineError():
+            return _server_error(500, _text(error), code="engine_error")
+        case NanorunError():
+            return _server_error(500, _text(error))
+        case _:
+            log.error("a request failed", exc_info=error)
+            return _server_error(500, "internal error; the server's log has the details")
+
+
+def _server_error(
+    status: int, message: str, *, code: str | None = None, headers: Mapping[str, str] | None = None
+) -> ApiError:
+    return ApiError(status, message, type="server_error", code=code, headers=headers)
+
+
+def _text(error: NanorunError) -> str:
+    return "; ".join((error.message, *error.facts))
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Answer every failure of a route, and of routing itself, with an OpenAI body."""
+
+    async def on_failure(_request: Request, error: Exception) -> JSONResponse:
+        return to_api_error(error).response()
+
+    async def on_invalid(_request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        return _from_validation(error.errors()).response()
+
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return _from_http(request, error).response()
+
+    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(HTTPException, on_http)
+    app.add_exception_handler(ApiError, on_failure)
+    app.add_exception_handler(NanorunError, on_failure)
+    app.add_exception_handler(Exception, on_failure)
+
+
+def _from_http(request: Request, error: HTTPException) -> ApiError:
+    """Routing's own errors: no such path, wrong method, a body that is no JSON."""
+    where = f"{request.method} {request.url.path}"
+    headers = dict(error.headers or {})
+    if error.status_code == 404:
+        return ApiError(404, f"there is no {where}", code="unknown_url", headers=headers)
+    if error.status_code == 405:
+        message = f"{where} is not allowed; use {headers['Allow']}"
+        return ApiError(405, message, code="method_not_allowed", headers=headers)
+    code = "request_too_large" if error.status_code == 413 else None
+    return ApiError(error.status_code, str(error.detail), code=code, headers=headers)
+
+
+def _from_validation(errors: Sequence[Any]) -> ApiError:
+    """The first thing that is wrong with a body; the rest often follows from it."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "it cannot be parsed")
+        return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
+    param = _path(first["loc"])
+    if not param:
+        return ApiError(400, "the body must be a JSON object, sent as application/json")
+    reason = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {reason}", code="invalid_value", param=param)
+
+
+def _path(loc: Sequence[int | str]) -> str:
+    """`("body", "messages", 0, "role")` as `messages[0].role`."""
+    text = ""
+    for part in loc[1:]:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text

@@ -1,0 +1,46 @@
+"""What an endpoint allows and how long it waits."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """Limits and rules of one endpoint."""
+
+    host: str = "127.0.0.1"
+    """The address it is bound to; decides whether Host and Origin are checked."""
+    api_keys: tuple[str, ...] = ()
+    """Any of these lets a request in; none means that no key is asked for."""
+    n_parallel: int = 4
+    """Requests the engine answers at the same time."""
+    max_queued: int = 32
+    """Requests that may wait beyond those; the next one is told to come back later."""
+    max_body_bytes: int = 32 * MIB
+    """A million tokens of text take about 5 MB, and up to six times that with JSON escapes."""
+    keepalive_s: float = 10.0
+    """Silence after which a stream carries a comment; proxies give up after 30 to 60 seconds."""
+    drain_s: float = 30.0
+    """How long answers may go on after SIGTERM."""
+    think: str | int = "medium"
+    """Reasoning depth of requests that name none."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the endpoint."""
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address (brackets allowed) means this machine and no other."""
+    name = host.strip("[]").lower().rstrip(".")
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,219 @@
+"""`nanorun convert`: its output, its flags and its exit codes, as people and scripts meet them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanorun.cli.convert import parse_type_map
+from nanorun.errors import ExitCode, UsageError
+from nanorun.model.gguf import read_gguf
+from tests.source_models import Tensors, write_source_model
+
+KEYS = {
+    "path", "bytes", "n_tensors", "n_params", "bpw", "recipe", "types", "padding", "seconds",
+    "peak_rss_bytes", "resumed",
+}  # fmt: skip
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_source_model(tmp_path / "source")
+
+
+def nanorun(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nanorun", "convert", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def test_conversion_prints_what_each_role_became_and_why(source: Path, tmp_path: Path) -> None:
+    run = nanorun(source, "--recipe", "q4_0", "--type-map", "output=q8_0", cwd=tmp_path)
+    assert run.returncode == ExitCode.OK
+    assert run.stderr == ""
+    size = read_gguf(tmp_path / "source-q4_0.gguf").file_bytes
+    first, _, *rows = run.stdout.splitlines()
+    assert first.startswith("source-q4_0.gguf took ")
+    assert f"({size:,} bytes)" in first
+    by_role = {row.split()[0]: [*row.split()[1:3], row.split("  ")[-1].strip()] for row in rows}
+    assert by_role["expert_up"] == ["q4_0", "2", "recipe q4_0"]
+    assert by_role["output"] == ["q8_0", "1", "type map output=q8_0"]
+    assert by_role["norm"][0] == "f32"
+
+
+def test_json_is_one_object_with_the_keys_of_the_contract(source: Path, tmp_path: Path) -> None:
+    run = nanorun(source, "--json", "--out", "model.gguf", cwd=tmp_path)
+    result = json.loads(run.stdout)
+    assert result.keys() == KEYS
+    assert result["path"] == "model.gguf"
+    assert result["bytes"] == (tmp_path / "model.gguf").stat().st_size
+    assert result["types"]["q8_0"] > 10
+    assert result["resumed"] is False
+
+
+def test_dry_run_writes_nothing_and_names_the_exact_size(source: Path, tmp_path: Path) -> None:
+    predicted = nanorun(source, "--dry-run", "--json", cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    made = nanorun(source, "--json", cwd=tmp_path)
+    assert json.loads(predicted.stdout)["bytes"] == json.loads(made.stdout)["bytes"]
+    text = nanorun(source, "--dry-run", "--force", cwd=tmp_path).stdout
+    assert text.startswith("source-q8_0.gguf would be ")
+
+
+def test_existing_file_is_kept_unless_forced(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.gguf"
+    out.write_bytes(b"old")
+    refused = nanorun(source, "--out", out, cwd=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    assert refused.stdout == ""
+    assert refused.stderr.startswith(
+        f"nanorun: error: {out} exists already\n  try: nanorun convert"
+    )
+    assert out.read_bytes() == b"old"
+    assert nanorun(source, "--out", out, "--force", cwd=tmp_path).returncode == ExitCode.OK
+
+
+def test_pico_is_a_source_by_name(tmp_path: Path) -> None:
+    run = nanorun("pico", "--recipe", "q4_0", "--json", cwd=tmp_path)
+    assert json.loads(run.stdout)["path"] == "pico-q4_0.gguf"
+
+
+def spoil(tensors: Tensors) -> None:
+    tensors["lm_head.weight"][0, 0] = float("nan")
+
+
+def truncate(source: Path) -> None:
+    path = source / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["nowhere"], ExitCode.MODEL, "nowhere: expected the folder of a source model"),
+        (["nano"], ExitCode.MODEL, "nano is not on this machine"),
+        (["source", "--recipe", "q9"], ExitCode.USAGE, "there is no recipe 'q9'"),
+        (["source", "--recipe", "q4_k"], ExitCode.USAGE, "q4_k stores blocks of 256"),
+        (["source", "--type-map", "expert_up"], ExitCode.USAGE, "not of the form ROLE=TYPE"),
+        (["source", "--type-map", "experts=q8_0"], ExitCode.USAGE, "there is no role 'experts'"),
+        (["source", "--out", "a/b.gguf"], ExitCode.USAGE, "there is no folder a"),
+        (["source", "--threads", "0"], ExitCode.USAGE, "--threads"),
+        ([], ExitCode.USAGE, "SRC"),
+    ],
+)
+def test_request_that_cannot_be_met_is_explained(
+    args: list[str], code: ExitCode, message: str, source: Path, tmp_path: Path
+) -> None:
+    run = nanorun(*args, cwd=tmp_path)
+    assert run.returncode == code
+    assert run.stderr.startswith("nanorun: error: ")
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_damaged_source_is_exit_code_3_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    truncate(source)
+    run = nanorun(source, cwd=tmp_path)
+    assert run.returncode == ExitCode.MODEL
+    assert "model.safetensors: expected a file of" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_nan_is_exit_code_3_and_names_the_tensor(tmp_path: Path) -> None:
+    write_source_model(tmp_path / "source", edit=spoil)
+    run = nanorun("source", cwd=tmp_path)
+    assert run.returncode == ExitCode.MODEL
+    assert "tensor 'lm_head.weight': 1 of" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_ctrl_c_on_a_terminal_is_exit_code_130_and_can_be_gone_on_from(tmp_path: Path) -> None:
+    pty = pytest.importorskip("pty")
+    write_source_model(
+        tmp_path / "source", pattern="ME" * 8, hidden_size=512, moe_intermediate_size=512
+    )
+    terminal, theirs = pty.openpty()
+    command = [sys.executable, "-m", "nanorun", "convert", "source", "--recipe", "iq4_nl"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs) as process:
+        os.close(theirs)
+        shown = b""
+        while b".weight" not in shown:
+            shown += os.read(terminal, 1000)
+        process.send_signal(signal.SIGINT)
+        while chunk := read_terminal(terminal):
+            shown += chunk
+        stdout, _ = process.communicate(timeout=30)
+    os.close(terminal)
+    assert process.returncode == ExitCode.INTERRUPTED
+    assert b"stopped; source-iq4_nl.gguf was not written" in shown
+    assert b"the same command goes on from" in shown
+    assert stdout == b""
+    assert not (tmp_path / "source-iq4_nl.gguf").exists()
+    again = nanorun("source", "--recipe", "iq4_nl", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["resumed"] is True
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "source-iq4_nl.gguf"]
+
+
+def read_terminal(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 1000)
+    except OSError:  # Linux says so when the other side is closed.
+        return b""
+
+
+def test_size_of_a_split_is_kept_and_predicted(source: Path, tmp_path: Path) -> None:
+    args = (source, "--split-max-size", "200KiB", "--json")
+    predicted = json.loads(nanorun(*args, "--dry-run", cwd=tmp_path).stdout)
+    made = json.loads(nanorun(*args, cwd=tmp_path).stdout)
+    files = sorted(tmp_path.glob("*.gguf"))
+    assert made["path"] == predicted["path"] == files[0].name
+    assert files[0].name == f"source-q8_0-00001-of-{len(files):05}.gguf"
+    assert len(files) > 1
+    assert all(path.stat().st_size <= 200 * 1024 for path in files)
+    assert made["bytes"] == predicted["bytes"] == sum(path.stat().st_size for path in files)
+
+
+def test_source_that_changed_is_started_anew_and_said(tmp_path: Path) -> None:
+    source = write_source_model(tmp_path / "source")
+    (tmp_path / "source-q8_0.gguf.part").write_bytes(b"a start")
+    (tmp_path / "source-q8_0.gguf.part.json").write_text('{"fingerprint": "another"}\n')
+    run = nanorun(source, cwd=tmp_path)
+    assert run.returncode == ExitCode.OK
+    assert run.stderr == (
+        "nanorun: source-q8_0.gguf.part: the source or the recipe is another than it was:"
+        " starting anew\n"
+    )
+
+
+def test_dry_run_needs_no_weights(tmp_path: Path) -> None:
+    source = write_source_model(tmp_path / "source", n_shards=3, mtp=True)
+    whole = json.loads(nanorun(source, "--dry-run", "--json", cwd=tmp_path).stdout)
+    for path in source.glob("*.safetensors"):
+        path.unlink()
+    assert json.loads(nanorun(source, "--dry-run", "--json", cwd=tmp_path).stdout)[
+        "bytes"
+    ] == whole["bytes"]
+    (source / "tokenizer.json").unlink()
+    said = nanorun(source, "--dry-run", cwd=tmp_path)
+    assert said.returncode == ExitCode.OK
+    assert "without the tokenizer, which is not there" in said.stdout.splitlines()[0]
+    assert nanorun(source, cwd=tmp_path).returncode == ExitCode.MODEL
+
+
+def test_type_map_takes_several_entries_in_one() -> None:
+    entries = ["expert_up=mxfp4,expert_down=mxfp4", " *=q8_0"]
+    expected = {"expert_up": "mxfp4", "expert_down": "mxfp4", "*": "q8_0"}
+    assert parse_type_map(entries) == expected
+
+
+@pytest.mark.parametrize("entries", [["=q8_0"], ["output="], ["output"], [""], ["a=q8_0", "a=f16"]])
+def test_type_map_of_another_form_is_refused(entries: list[str]) -> None:
+    with pytest.raises(UsageError, match="--type-map"):
+        parse_type_map(entries)

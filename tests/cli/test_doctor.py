@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanorun.cli import doctor
+from nanorun.cli.app import invoke
+from nanorun.errors import EngineDied
+from nanorun.plan.hardware import Hardware, read_profile
+from tests.plan.profiles import profile
+
+
+def detected(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
+    devices = [{"name": "CPU", "description": "a processor"}]
+    monkeypatch.setattr("nanorun.plan.hardware.detect_hardware", lambda: machine)
+    monkeypatch.setattr("nanorun.plan.probe.engine_devices", lambda: devices)
+
+
+def test_sound_machine_has_no_problems(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detected(monkeypatch, profile("rtx-4090"))
+    assert invoke(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "NVIDIA GeForce RTX 4090, 23.5 GiB free of 24.0 GiB, 1008 GB/s" in out
+    assert "no problems found" in out
+
+
+def test_gpu_that_the_engine_cannot_use_comes_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = profile("rtx-4090")
+    detected(monkeypatch, replace(machine, accelerators=(), unusable=machine.accelerators))
+    assert invoke(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "problem: NVIDIA GeForce RTX 4090 is there, but llama-cpp-python was built" in out
+    assert "try: CMAKE_ARGS=-DGGML_CUDA=on " in out
+    assert "llama-cpp-python==" in doctor.reinstall_command()
+
+
+def test_engine_that_cannot_be_loaded_is_a_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dead() -> list[dict[str, str]]:
+        raise EngineDied("the engine ended with signal 4")
+
+    detected(monkeypatch, replace(profile("cpu-24g"), disk_free_bytes=2**30))
+    monkeypatch.setattr("nanorun.plan.probe.engine_devices", dead)
+    assert invoke(["doctor", "--json"]) == 1
+    problems = [p["problem"] for p in json.loads(capsys.readouterr().out)["problems"]]
+    assert problems[0] == "the engine cannot be loaded: the engine ended with signal 4"
+    assert problems[1].startswith("1.0 GiB of disk are free")
+
+
+def test_profile_that_doctor_prints_can_be_planned_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    detected(monkeypatch, profile("dgx-spark"))
+    assert invoke(["doctor", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    path = tmp_path / "spark.json"
+    path.write_text(json.dumps(shown["hardware"]))
+    assert read_profile(path) == profile("dgx-spark")

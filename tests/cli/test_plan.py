@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanorun.cli.app import invoke
+from nanorun.cli.planning import parse_wish, plan_engine_options
+from nanorun.errors import MemoryPlanError, ModelError, UsageError
+from nanorun.model.ggml_type import GgmlType
+from nanorun.runtime.options import EngineOptions
+from tests.builders import arch_tensors, gguf_metadata, write_gguf
+from tests.cli.conftest import Result
+from tests.model.known_archs import TINY_MOE
+from tests.plan.profiles import FOLDER, profile
+
+PARTS = ("weights", "kv", "state", "checkpoint", "compute", "output", "overhead")
+ON_4090 = ("--hardware", str(FOLDER / "rtx-4090.json"))
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return write_gguf(
+        tmp_path / "tiny.gguf", gguf_metadata(TINY_MOE), arch_tensors(TINY_MOE, GgmlType.Q8_0)
+    )
+
+
+def plan_json(capsys: pytest.CaptureFixture[str], *args: str) -> dict[str, Any]:
+    assert invoke(["plan", *args, "--json"]) == 0
+    value: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return value
+
+
+def test_json_has_the_keys_of_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = plan_json(capsys, "nano", "--n-ctx", "256k", *ON_4090)
+    assert shown["fits"] is True
+    assert shown["n_ctx"] == 262144
+    expected = {"type_k", "type_v", "n_ubatch", "n_gpu_layers", "n_cpu_moe", "n_seq_max",
+                "decode_tps", "prefill_tps", "why", "tries"}  # fmt: skip
+    assert expected <= set(shown)
+    gpu, host = shown["devices"]
+    assert (gpu["name"], host["name"]) == ("CUDA0", "CPU")
+    for device in (gpu, host):
+        parts = [device[f"{part}_bytes"] for part in PARTS]
+        assert sum(parts) == device["total_bytes"] <= device["free_bytes"]
+
+
+def test_text_shows_every_device_and_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["plan", "nano", "--n-ctx", "1M", *ON_4090]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("nano (")
+    assert "\nCUDA0  " in out and "\nCPU  " in out
+    assert "n_ctx 1,048,576: as asked" in out
+    assert "t/s" in out.splitlines()[0]
+
+
+def test_recipe_and_size_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan_json(capsys, "nano:q4", *ON_4090)["recipe"] == "q4"
+    assert plan_json(capsys, "nano", "--recipe", "mxfp4", *ON_4090)["recipe"] == "mxfp4"
+
+
+def test_file_is_planned_with_the_types_it_has(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = plan_json(capsys, str(tiny), "--n-ctx", "max", "--kv", "q8_0", "--device", "cpu")
+    assert shown["n_ctx"] == TINY_MOE.n_ctx_train
+    assert shown["type_k"] == "q8_0"
+    assert shown["recipe"] is None
+    assert shown["n_gpu_layers"] == 0 or shown["n_gpu_layers"] == -1
+
+
+def test_source_model_is_planned_from_its_config(
+    pico_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = (pico_source / "config.json").read_text()
+    (folder / "config.json").write_text(config)
+    shown = plan_json(capsys, str(folder), "--recipe", "q8_0", "--n-ctx", "1024")
+    assert shown["recipe"] == "q8_0"
+
+
+def test_limits_of_memory_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = plan_json(capsys, "nano", "--vram", "12GiB", "--ram", "16GiB", *ON_4090)
+    assert [device["free_bytes"] for device in shown["devices"]] == [12 * 2**30, 16 * 2**30]
+
+
+def test_model_that_does_not_fit_says_so_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "super", "--n-ctx", "1M", "--ram", "16GiB", "--device", "cpu", "--json"]
+    with pytest.raises(MemoryPlanError):
+        invoke(args)
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["fits"] is False
+    assert any(line.startswith("vllm serve nvidia/") for line in shown["tries"])
+
+
+# Exit codes as a shell sees them: 2 for what cannot be meant, 4 for what cannot be had.
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["--n-ctx", "0"], 2, "not a number of tokens: '0'"),
+        (["--n-ctx", "2M"], 2, "n_ctx 2,097,152 is outside"),
+        (["--parallel", "300"], 2, "300 sequences asked for"),
+        (["--parallel", "0"], 2, "0 sequences asked for"),
+        (["--device", "cuda:3"], 2, "there is no device 'cuda:3'"),
+        (["--kv", "q5_k"], 2, "a KV cache is one of f16, q8_0, q4_0"),
+        (["--recipe", "q99"], 2, "there is no recipe 'q99'"),
+        (["--vram", "much"], 2, "not a size: 'much'"),
+        (["--hardware", "missing.json"], 2, "missing.json cannot be read"),
+        (["--verify"], 2, "nano is not a file"),
+        (["--ram", "1GiB", "--vram", "1GiB"], 4, "but CPU has 1.0 GiB free"),
+        (["--parallel", "250", "--device", "cpu", "--ram", "18GiB"], 4, "SSM state 11.6 GiB"),
+    ],
+)
+def test_bad_wishes_end_with_their_code(
+    nanorun: Any, args: list[str], code: int, text: str
+) -> None:
+    machine = () if "--hardware" in args else ON_4090
+    result: Result = nanorun("plan", "nano", *args, *machine)
+    assert result.code == code
+    assert text in result.err
+    assert result.err.startswith("nanorun: error:")
+
+
+def test_model_of_unknown_shape_is_refused() -> None:
+    with pytest.raises(ModelError, match="the shape of ultra is not known"):
+        invoke(["plan", "ultra"])
+
+
+def test_recipe_of_a_file_is_refused(tiny: Path) -> None:
+    with pytest.raises(UsageError, match="is for models that are still to be converted"):
+        invoke(["plan", str(tiny), "--recipe", "q4"])
+
+
+def test_options_open_the_engine_as_planned(tiny: Path) -> None:
+    wish = parse_wish("2048", default_n_ctx=8192, n_parallel=2)
+    options = plan_engine_options(tiny, wish, profile("rtx-4090"))
+    assert isinstance(options, EngineOptions)
+    assert (options.n_ctx, options.n_parallel, options.n_gpu_layers) == (2048, 2, -1)
+    assert options.type_k == "f16"
+    assert options.n_batch >= options.n_ubatch
+
+
+@pytest.mark.parametrize(("text", "n_ctx"), [(None, 8192), ("max", None), ("1M", 1048576)])
+def test_context_is_read_from_the_flag(text: str | None, n_ctx: int | None) -> None:
+    assert parse_wish(text, default_n_ctx=8192).n_ctx == n_ctx
+
+
+def test_verify_compares_with_what_is_allocated(
+    pico_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = plan_json(capsys, str(pico_gguf), "--n-ctx", "2048", "--verify", "--device", "cpu")
+    rows = {row["part"]: row for row in shown["measured"]}
+    assert set(rows) == {"weights", "kv", "state", "compute", "output", "total"}
+    for part in ("weights", "kv", "state", "compute", "output"):
+        # The engine prints MiB with two decimals, once a buffer, and pads tensors of 64 bytes.
+        assert abs(rows[part]["predicted"] - rows[part]["measured"]) < 0.03 * 2**20, part
+    assert shown["measured_decode_tps"] > 0

@@ -1,0 +1,199 @@
+"""What only a process shows: imports, signals, pipes, terminals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from nanorun.cli.app import COMMANDS
+
+FAKE = Path(__file__).parent.parent / "fake_nanorun.py"
+HEAVY = ("numpy", "llama_cpp", "torch", "textual", "rich", "fastapi", "uvicorn", "jinja2")
+
+_IMPORTS = """
+import sys
+from nanorun.cli import main
+try:
+    main({args!r})
+except SystemExit as end:
+    assert end.code == 0, end.code
+loaded = sorted(name for name in sys.modules if name.startswith("nanorun.cli."))
+print(*[name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
+print(*loaded, file=sys.stderr)
+"""
+
+
+def modules_loaded(*args: str) -> tuple[list[str], list[str]]:
+    """Heavy modules, and those of the command line, that a command line imports."""
+    code = _IMPORTS.format(args=list(args), heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy, own = done.stderr.splitlines()
+    return heavy.split(), [name.removeprefix("nanorun.cli.") for name in own.split()]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"]], ids=str)
+def test_root_imports_nothing_heavy_and_no_command(args: list[str]) -> None:
+    heavy, own = modules_loaded(*args)
+    assert heavy == []
+    assert not set(own) & set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", ["chat", "run", "serve", "eval"])
+def test_help_of_a_command_imports_nothing_heavy_and_no_other(command: str) -> None:
+    heavy, own = modules_loaded(command, "--help")
+    assert heavy == []
+    assert set(own) & set(COMMANDS) == {command}
+
+
+@contextmanager
+def process(case: str, *args: str, **options: int | IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    streams: dict[str, int | IO[bytes]] = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        **options,
+    }
+    running = subprocess.Popen([sys.executable, str(FAKE), case, *args], **streams)  # type: ignore[call-overload]
+    try:
+        yield running
+    finally:
+        if running.poll() is None:
+            running.kill()
+        for stream in (running.stdout, running.stderr):
+            if stream is not None:
+                stream.close()
+        running.wait()
+
+
+def read_until(stream: IO[bytes] | None, text: bytes) -> bytes:
+    assert stream is not None
+    read = b""
+    while text not in read:
+        piece = os.read(stream.fileno(), 4096)
+        assert piece, read
+        read += piece
+    return read
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:
+    with process("long", "run", "pico", "x") as running:
+        begun = read_until(running.stdout, b"word word")
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert (begun + out).startswith(b"word word")
+    assert (begun + out).endswith(b"\n")
+    assert err == b"hm\n\n"
+
+
+def test_ctrl_c_as_json_still_prints_the_object() -> None:
+    with process("long", "run", "pico", "x", "--json") as running:
+        time.sleep(1.5)
+        running.send_signal(signal.SIGINT)
+        out, _ = running.communicate(timeout=20)
+    assert running.returncode == 130
+    assert json.loads(out)["finish_reason"] == "cancelled"
+
+
+def test_ctrl_c_while_loading_ends_without_a_traceback() -> None:
+    with process("loading", "run", "pico", "x") as running:
+        time.sleep(1.5)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=20)
+    assert (running.returncode, out, err) == (130, b"", b"")
+
+
+def test_ctrl_c_twice_leaves_at_once() -> None:
+    with process("stubborn", "run", "pico", "x") as running:
+        read_until(running.stdout, b"word")
+        running.send_signal(signal.SIGINT)
+        read_until(running.stdout, b"word word")
+        assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=5)
+    assert running.returncode == 130
+
+
+def test_reader_that_has_enough_ends_it_quietly() -> None:
+    with process("long", "run", "pico", "x") as running:
+        read_until(running.stdout, b"word")
+        assert running.stdout is not None
+        running.stdout.close()
+        running.stdout = None
+        _, err = running.communicate(timeout=20)
+    assert (running.returncode, err) == (1, b"hm\n\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("args", [["run", "pico", "x"], ["run", "pico", "x", "--json"]], ids=str)
+def test_disk_that_is_full_is_told_once(args: list[str]) -> None:
+    with Path("/dev/full").open("wb") as full, process("short", *args, stdout=full) as running:
+        _, err = running.communicate(timeout=20)
+    assert running.returncode == 1
+    lines = err.decode().splitlines()
+    assert lines[-1] == (
+        "nanorun: error: standard output cannot be written: no space left on device"
+    )
+    assert b"Exception" not in err
+
+
+def test_answer_arrives_although_nobody_takes_the_thinking() -> None:
+    command = f'"{sys.executable}" "{FAKE}" short run pico x 2>&-'
+    done = subprocess.run(
+        command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=True
+    )
+    assert done.stdout == b"it is 4\n"
+
+
+def on_terminal(case: str, **environment: str) -> str:
+    """What a person sees."""
+    ours, theirs = pty.openpty()
+    env = {**os.environ, "TERM": "xterm", **environment}
+    try:
+        command = [sys.executable, str(FAKE), case, "run", "pico", "x"]
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs, env=env
+        ) as running:
+            os.close(theirs)
+            seen = b""
+            # Linux reports the end of a terminal as an error.
+            with suppress(OSError):
+                while piece := os.read(ours, 4096):
+                    seen += piece
+            assert running.wait(20) == 0
+    finally:
+        os.close(ours)
+    return seen.decode().replace("\r\n", "\n")
+
+
+def test_terminal_shows_thinking_dimmed_and_the_cost() -> None:
+    seen = on_terminal("short")
+    assert "\x1b[2mtwo \x1b[0m" in seen
+    assert "it is 4\n" in seen
+    assert "3 thinking + 3 answer tokens, 50.0 t/s" in seen
+
+
+def test_terminal_without_colour_gets_none() -> None:
+    seen = on_terminal("short", NO_COLOR="1")
+    assert "\x1b[2m" not in seen
+    assert "two and two\n\nit is 4\n" in seen
+
+
+def test_terminal_is_not_steered_by_the_model() -> None:
+    seen = on_terminal("escapes", NO_COLOR="1")
+    assert "reading the prompt: 512 of 4096 tokens" in seen
+    assert "]0;titlehm\n" in seen
+    assert "red [31malert0m\tend\n" in seen
+    assert "\x1b]" not in seen
+    assert "\x9b" not in seen

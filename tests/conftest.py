@@ -1,0 +1,79 @@
+"""What every test gets: a home of its own, no network beyond loopback, and pico as a GGUF."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+# Set before torch or ggml start their thread pools: two test processes share two cores.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PICO_SOURCE = Path(__file__).parent.parent / "nanorun" / "data" / "pico"
+
+
+@pytest.fixture(autouse=True)
+def walled_off(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the developer's models, chats and settings apart from those of the tests."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_STATE_HOME"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("NANORUN_CACHE_DIR", str(home / "cache"))
+    for name in ("NANORUN_API_KEY", "OPENAI_API_KEY", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse connections to anything but this machine."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else None
+        if host is not None and host not in ("127.0.0.1", "::1", "localhost"):
+            raise AssertionError(f"a test tried to reach {host}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def pico_source() -> Path:
+    """The source model that ships with nanorun."""
+    return PICO_SOURCE
+
+
+def _convert_pico(folder: Path, recipe: str) -> Path:
+    from nanorun_converters.convert import ConvertOptions, convert
+
+    path = folder / f"pico-{recipe}.gguf"
+    convert(PICO_SOURCE, ConvertOptions(out=path, recipe=recipe))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pico_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pico in Q8_0, converted once a session."""
+    return _convert_pico(tmp_path_factory.mktemp("pico"), "q8_0")
+
+
+@pytest.fixture(scope="session")
+def pico_f32_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pico in F32, for comparisons to the last bit."""
+    return _convert_pico(tmp_path_factory.mktemp("pico-f32"), "f32")
+
+
+@pytest.fixture(scope="session")
+def dense_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random dense hybrid (`-` layers), in F32."""
+    from nanorun_converters.convert import ConvertOptions, convert
+    from tests.source_models import write_source_model
+
+    folder = tmp_path_factory.mktemp("dense")
+    source = write_source_model(folder / "source", pattern="M-M*-M-*", dtype="F32", vocab_size=1024)
+    path = folder / "dense.gguf"
+    convert(source, ConvertOptions(out=path, recipe="f32"))
+    return path

@@ -1,0 +1,68 @@
+"""The whole command line over a fake client, as a process: python tests/fake_nanorun.py CASE ARGS.
+
+For what only a process shows: signals, pipes, terminals, exit codes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from nanorun.cli import main
+from nanorun.model.chat import PrefillProgress, ThinkingDelta
+from tests.fakes import FakeClient, FakeGeneration, reply
+
+
+class StubbornGeneration(FakeGeneration):
+    """Goes on whatever it is told."""
+
+    async def cancel(self) -> None:
+        pass
+
+
+class StubbornClient(FakeClient):
+    def generate(self, messages: Any, options: Any) -> FakeGeneration:
+        return StubbornGeneration(self.scripts[0])
+
+
+LONG = reply("word " * 3000, thinking="hm", delay_s=0.02)
+CASES: dict[str, Callable[[], FakeClient]] = {
+    "short": lambda: FakeClient.playing(reply("it is 4", thinking="two and two")),
+    "long": lambda: FakeClient.playing(LONG),
+    # Ends by itself: a process that a failing test leaves behind must not stay.
+    "second": lambda: FakeClient.playing(reply("word " * 50, delay_s=0.02)),
+    "stubborn": lambda: StubbornClient.playing(LONG),
+    "broken": lambda: FakeClient.playing([ZeroDivisionError("oops")]),
+    "loading": lambda: FakeClient(start_delay_s=60),
+    "escapes": lambda: FakeClient.playing(
+        [
+            PrefillProgress(512, 4096, 0),
+            ThinkingDelta("\x1b]0;title\x07hm"),
+            *reply("red \x1b[31malert\x9b0m\tend"),
+        ]
+    ),
+}
+
+
+def run(case: str, args: list[str]) -> None:
+    """Replace what would start an engine, then be the `nanorun` command."""
+    import nanorun.cli.models
+    import nanorun.library
+    import nanorun.runtime.client
+
+    def resolve(name_or_path: str, *, progress: Any = None) -> Path:
+        return Path(f"/models/{name_or_path}.gguf")
+
+    client = CASES[case]()
+    nanorun.runtime.client.EngineClient = lambda *_args: client  # type: ignore[misc,assignment]
+    nanorun.library.resolve_model = resolve
+    nanorun.cli.models.trained_n_ctx = lambda path: 1_048_576
+    main(args)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanorun.errors import MemoryPlanError, UsageError
+from nanorun.library import CATALOG
+from nanorun.model.footprint import state_bytes
+from nanorun.model.ggml_type import GgmlType
+from nanorun.plan.memory_plan import Plan, Wish, longest_n_ctx, plan_model
+from nanorun.plan.memory_use import Settings, device_uses
+from nanorun.plan.report import plan_keys, render_plan
+from nanorun.plan.shape import ModelShape, shape_of_recipe, shapes_of_recipes
+from tests.model.known_archs import LIGHTNING, NANO
+from tests.plan.profiles import NAMES, profile
+
+GIB, MIB = 2**30, 2**20
+GOLDEN = Path(__file__).parents[1] / "golden" / "plan"
+K = 1024
+
+
+@cache
+def shapes(name: str = "nano") -> tuple[ModelShape, ...]:
+    known = CATALOG[name]
+    assert known.arch is not None
+    return tuple(shapes_of_recipes(name, known.arch, known.repository))
+
+
+@cache
+def q4_0() -> ModelShape:
+    return shape_of_recipe("nano", NANO, "q4_0")
+
+
+def plan(machine: str, n_ctx: int | None, **wish: Any) -> Plan:
+    return plan_model(shapes(), profile(machine), Wish(n_ctx=n_ctx, **wish))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n_ctx", [32 * K, 256 * K, 1024 * K])
+def test_plans_are_the_reviewed_ones(name: str, n_ctx: int) -> None:
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())[str(n_ctx)]
+    keys = plan_keys(plan(name, n_ctx))
+    decided = {key: keys[key] for key in golden if key in keys}
+    assert decided == {key: value for key, value in golden.items() if key in keys}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n_ctx", [4 * K, 32 * K, 256 * K, 1024 * K, None])
+def test_plans_keep_to_the_memory_there_is(name: str, n_ctx: int | None) -> None:
+    made = plan(name, n_ctx)
+    for use in made.uses:
+        assert use.total_bytes + use.margin_bytes <= use.free_bytes
+    assert made.settings.n_ctx >= (n_ctx or 32 * K)
+    assert made.speed.decode_tps > 1
+
+
+# What people report (reference/nemotron.md, sections 2.3 and 6): cards that hold the model do.
+@pytest.mark.parametrize(
+    ("machine", "recipe", "n_ctx"),
+    [
+        ("rtx-4090", "q4_0", 256 * K),
+        ("rtx-4090", "iq4_nl", 762 * K),
+        ("2x-rtx-3090", "q4_0", 1024 * K),
+        ("rtx-5090", "q4_0", 1024 * K),
+    ],
+)
+def test_four_bits_stay_on_the_card(machine: str, recipe: str, n_ctx: int) -> None:
+    shape = shape_of_recipe("nano", NANO, recipe)
+    made = plan_model([shape], profile(machine), Wish(n_ctx=n_ctx))
+    assert (made.settings.n_gpu_layers, made.settings.n_cpu_moe) == (-1, 0)
+
+
+def test_experts_go_to_the_host_before_layers_do() -> None:
+    made = plan_model([q4_0()], profile("rtx-3060-12g"), Wish(n_ctx=32 * K))
+    assert made.settings.n_gpu_layers == -1
+    assert 0 < made.settings.n_cpu_moe < 52
+    # One layer of experts fewer on the host does not fit: the last counted block has experts.
+    assert NANO.layers[made.settings.n_cpu_moe - 1] == "E"
+    whole = Wish(n_ctx=32 * K, may_split_experts=False)
+    layers = plan_model([q4_0()], profile("rtx-3060-12g"), whole)
+    assert 0 < layers.settings.n_gpu_layers < 53
+    assert layers.settings.n_cpu_moe == 0
+    assert layers.speed.decode_tps < made.speed.decode_tps * 1.05
+
+
+def test_small_context_costs_no_comfort() -> None:
+    made = plan("rtx-4090", 8 * K, type_kv=None)
+    assert made.settings.type_k is GgmlType.F16
+    assert made.settings.n_ubatch == 512
+
+
+def test_max_is_the_longest_context_that_fits() -> None:
+    machine = replace(profile("cpu-24g"))
+    machine = machine.restricted(ram=20 * GIB)
+    made = plan_model([q4_0()], machine, Wish(n_ctx=None, type_kv=GgmlType.Q8_0))
+    longest = made.settings.n_ctx
+    assert 256 * K < longest < 1024 * K
+    plan_model([q4_0()], machine, Wish(n_ctx=longest))
+    with pytest.raises(MemoryPlanError):
+        plan_model([q4_0()], machine, Wish(n_ctx=longest + 256, type_kv=GgmlType.Q8_0))
+
+
+def test_unified_memory_is_counted_once() -> None:
+    (use,) = plan("dgx-spark", 256 * K).uses
+    assert use.name == "CUDA0"
+    assert use.weights_bytes == plan("dgx-spark", 256 * K).shape.weights_bytes
+    assert use.free_bytes == profile("dgx-spark").host.available_bytes
+
+
+def test_quantized_kv_is_never_4_bits_on_unified_memory() -> None:
+    types = set()
+    for gib in range(22, 34):
+        machine = profile("dgx-spark").restricted(vram=gib * GIB, ram=gib * GIB)
+        try:
+            types.add(plan_model([q4_0()], machine, Wish(n_ctx=1024 * K)).settings.type_k)
+        except MemoryPlanError:
+            continue
+    assert types == {GgmlType.F16, GgmlType.Q8_0}
+
+
+def test_weights_are_placed_once() -> None:
+    shape = q4_0()
+    for settings in (
+        Settings(n_ctx=8 * K),
+        Settings(n_ctx=8 * K, n_cpu_moe=20),
+        Settings(n_ctx=8 * K, n_gpu_layers=30),
+        Settings(n_ctx=8 * K, n_gpu_layers=0),
+    ):
+        uses = device_uses(shape, settings, profile("2x-rtx-3090"))
+        assert sum(use.weights_bytes for use in uses) == shape.weights_bytes
+        kv = sum(use.kv_bytes for use in uses)
+        assert abs(kv - 8 * K * 6144) <= len(uses)
+
+
+def test_head_for_drafting_is_not_loaded_unasked() -> None:
+    lightning = shape_of_recipe("lightning", LIGHTNING, "q4_0")
+    machine = profile("cpu-24g")
+    (without,) = device_uses(lightning, Settings(n_ctx=8 * K), machine)
+    (with_mtp,) = device_uses(lightning, Settings(n_ctx=8 * K, with_mtp=True), machine)
+    assert without.weights_bytes == q4_0().weights_bytes
+    assert with_mtp.weights_bytes == lightning.weights_bytes
+    assert with_mtp.kv_bytes - without.kv_bytes == 8 * K * 1024
+
+
+def test_two_states_at_least_are_kept_on_the_host() -> None:
+    made = plan("cpu-24g", 1024 * K)
+    assert made.settings.checkpoint_bytes >= 2 * state_bytes(NANO)
+
+
+def test_every_decision_has_its_line() -> None:
+    made = plan("rtx-3060-12g", 256 * K)
+    starts = [line.partition(" ")[0].rstrip(":") for line in made.why]
+    assert starts[:7] == ["recipe", "placement", "n_ctx", "KV", "n_ubatch", "n_seq_max",
+                          "checkpoints"]  # fmt: skip
+    text = render_plan(made)
+    assert "nano (" in text and "CUDA0 " in text and "KV cache" in text
+
+
+@pytest.mark.parametrize("n_ctx", [0, -1, 1024 * K + 1, 2 * 1024 * K])
+def test_context_that_the_model_never_saw_is_refused(n_ctx: int) -> None:
+    with pytest.raises(UsageError, match="outside what nano was trained for"):
+        plan("rtx-4090", n_ctx)
+
+
+@pytest.mark.parametrize("n_parallel", [0, -3, 257])
+def test_more_sequences_than_the_engine_keeps_are_refused(n_parallel: int) -> None:
+    with pytest.raises(UsageError, match="the engine keeps 1 to 256 apart"):
+        plan("rtx-4090", 8 * K, n_parallel=n_parallel)
+
+
+def test_states_of_many_requests_are_counted() -> None:
+    with pytest.raises(MemoryPlanError):
+        plan_model([q4_0()], profile("cpu-24g"), Wish(n_ctx=8 * K, n_parallel=200))
+
+
+def test_plan_that_does_not_exist_says_what_would_help() -> None:
+    machine = profile("cpu-24g").restricted(ram=18 * GIB)
+    wish = Wish(n_ctx=1024 * K, type_kv=GgmlType.F16)
+    with pytest.raises(MemoryPlanError) as caught:
+        plan_model([replace(q4_0(), repository="nvidia/Nano")], machine, wish)
+    longest = longest_n_ctx(q4_0(), machine, wish)
+    assert longest is not None
+    error = caught.value
+    assert error.message.startswith("nano at n_ctx 1,048,576 needs 2")
+    assert "but CPU has 18.0 GiB free" in error.message
+    assert f"nanorun plan nano --n-ctx {longest}" in error.tries
+    assert "nanorun plan nano --n-ctx 1048576 --kv q8_0" in error.tries
+    assert "vllm serve nvidia/Nano --max-model-len 1048576" in error.tries
+    assert "weights 16.6 GiB + KV cache f16 6.0 GiB" in error.facts[0]

@@ -1,0 +1,159 @@
+"""Driving an engine by hand, and what its replies must equal: a fresh evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanorun.chat.parser import ReplyParser
+from nanorun.errors import NanorunError
+from nanorun.model.chat import Finished
+from nanorun.runtime.context import Context, Row
+from nanorun.runtime.engine import Engine
+from nanorun.runtime.model import LoadedModel
+from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.request import Request, build_dial
+from nanorun.runtime.sampling import Sampler, SamplingSettings
+
+SMALL = EngineOptions(
+    n_ctx=512,
+    n_parallel=3,
+    n_seq_spare=2,
+    n_batch=64,
+    n_ubatch=64,
+    n_threads=1,
+    checkpoint_bytes=16 * 2**20,
+    archive_bytes=16 * 2**20,
+)
+
+
+class RecordingSampler(Sampler):
+    """A greedy sampler that keeps the logits it chose from."""
+
+    def __init__(self, settings: SamplingSettings, n_vocab: int, log: list[np.ndarray]) -> None:
+        super().__init__(settings, n_vocab)
+        self._log = log
+
+    def sample(self, context: Context, index: int) -> int:
+        self._log.append(context.logits(index).copy())
+        return super().sample(context, index)
+
+
+class Rig:
+    """An engine on a file, fed with token prompts; records what it says and from which logits."""
+
+    def __init__(self, path: Path, options: EngineOptions = SMALL) -> None:
+        self.path = path
+        self.options = options
+        self._ids = count()
+        self.prompts: dict[str, list[int]] = {}
+        self.logits: dict[str, list[np.ndarray]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.finished: dict[str, Finished | NanorunError] = {}
+        self.open()
+
+    def reopen(self) -> None:
+        """Close everything and load the model anew, as a restart does."""
+        self.close()
+        self.open()
+
+    def open(self) -> None:
+        """Load the model."""
+        self.engine = Engine(LoadedModel(self.path, self.options), self.options)
+        alone = replace(self.options, n_parallel=1, n_seq_spare=0, state_dir=None)
+        self._fresh = Context(self.engine.model, alone)
+        start, take = self.engine._start, self.engine._take
+
+        def recording_start(stream: Any, branch: Any) -> None:
+            start(stream, branch)
+            stream.sampler = RecordingSampler(
+                stream.request.sampling,
+                self.engine.model.n_vocab,
+                self.logits.setdefault(stream.request.id, []),
+            )
+
+        def recording_take(stream: Any, token: int) -> Any:
+            self.tokens.setdefault(stream.request.id, []).append(token)
+            return take(stream, token)
+
+        self.engine._start = recording_start  # type: ignore[method-assign]
+        self.engine._take = recording_take  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        self._fresh.close()
+        self.engine.close()
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        *,
+        n_tokens: int = 4,
+        boundaries: Sequence[int] = (),
+        anchor: bool = False,
+    ) -> str:
+        request_id = f"t{next(self._ids)}"
+        self.prompts[request_id] = list(prompt)
+        self.engine.submit(
+            Request(
+                id=request_id,
+                prompt=list(prompt),
+                boundaries=tuple(b for b in boundaries if 0 < b < len(prompt)),
+                sampling=SamplingSettings(temperature=0.0),
+                dial=build_dial(self.engine.model, None, thinking=False),
+                parser=ReplyParser(starts_in_thinking=False),
+                max_tokens=n_tokens,
+                ignore_eos=True,
+                anchor=anchor,
+            )
+        )
+        return request_id
+
+    def step(self) -> None:
+        for request_id, output in self.engine.step():
+            if isinstance(output, Finished | NanorunError):
+                self.finished[request_id] = output
+
+    def run(self) -> None:
+        while self.engine.busy:
+            self.step()
+
+    def ask(self, prompt: Sequence[int], **options: Any) -> tuple[list[int], Finished]:
+        """One reply, alone: its tokens and how it finished."""
+        request_id = self.submit(prompt, **options)
+        self.run()
+        finished = self.finished[request_id]
+        assert isinstance(finished, Finished), finished
+        return self.tokens.get(request_id, []), finished
+
+    def check(self, request_id: str, tolerance: float = 1e-2) -> None:
+        """Compare a reply with a fresh evaluation: logits within `tolerance`, same tokens.
+
+        Where the two best logits are closer than the tolerance the choice is a matter of rounding;
+        the fresh evaluation then follows the reply's choice.
+        """
+        said = self.tokens.get(request_id, [])
+        logits = self.logits.get(request_id, [])
+        self._fresh.drop(0)
+        pending, position = self.prompts[request_id], 0
+        for token, seen in zip(said, logits, strict=True):
+            fresh = self._evaluate_fresh(pending, position)
+            assert np.abs(fresh - seen).max() < tolerance, (request_id, position)
+            best = int(fresh.argmax())
+            if fresh[best] - fresh[token] > tolerance:
+                raise AssertionError(f"{request_id} said {token}, a fresh evaluation {best}")
+            position += len(pending)
+            pending = [token]
+
+    def _evaluate_fresh(self, tokens: Sequence[int], position: int) -> np.ndarray:
+        n_batch = self.options.n_batch
+        for i in range(0, len(tokens), n_batch):
+            piece = tokens[i : i + n_batch]
+            last = i + n_batch >= len(tokens)
+            (index,) = self._fresh.decode([Row(0, position + i, piece, wants_logits=last)])
+        assert index is not None
+        return self._fresh.logits(index).copy()

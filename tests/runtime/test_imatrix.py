@@ -1,0 +1,108 @@
+"""Collecting an importance matrix from a running model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nanorun.errors import UsageError
+from nanorun.model.gguf import read_gguf
+from nanorun.runtime.imatrix import collect_imatrix
+from nanorun.runtime.options import EngineOptions
+from nanorun_quant.imatrix import read_imatrix
+
+TEXT = "What is 47 + 86? " * 60
+OPTIONS = EngineOptions(n_threads=1)
+
+
+def test_every_matrix_of_the_blocks_is_seen_and_experts_apart(
+    pico_f32_gguf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "i.gguf"
+    imatrix = collect_imatrix(pico_f32_gguf, TEXT, "text.txt", out, 64, OPTIONS)
+    names = {
+        tensor.name
+        for tensor in read_gguf(pico_f32_gguf).tensors.values()
+        if len(tensor.shape) > 1 and "norm" not in tensor.name and "ssm_c" not in tensor.name
+        and not tensor.name.endswith(("ssm_a", "ssm_d", "token_embd.weight"))
+    }  # fmt: skip
+    assert imatrix.entries.keys() == names
+    n_tokens = imatrix.n_chunks * 64
+    experts = imatrix.entries["blk.1.ffn_up_exps.weight"]
+    assert experts.sums.shape == (8, 320)
+    assert experts.counts.sum() == 2 * n_tokens
+    assert imatrix.entries["output.weight"].counts.tolist() == [n_tokens]
+    assert read_imatrix(out).n_chunks == imatrix.n_chunks
+
+
+def test_first_matrix_sees_the_normalized_embeddings(pico_f32_gguf: Path, tmp_path: Path) -> None:
+    """Computed anew, by hand: squares of RMS-normed embeddings times the norm's weight."""
+    from nanorun.runtime.model import LoadedModel
+
+    imatrix = collect_imatrix(pico_f32_gguf, TEXT, "t", tmp_path / "i.gguf", 32, OPTIONS)
+    model = LoadedModel(pico_f32_gguf, OPTIONS)
+    tokens = model.tokenize(TEXT, special=False)[: 32 * imatrix.n_chunks]
+    model.close()
+    tensors = read_gguf(pico_f32_gguf).tensors
+
+    def numbers(name: str) -> np.ndarray:
+        tensor = tensors[name]
+        flat = np.fromfile(pico_f32_gguf, "<f4", tensor.n_elements, offset=tensor.offset)
+        return flat.reshape(tensor.shape)
+
+    x = numbers("token_embd.weight")[tokens].astype(np.float64)
+    x = x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5)
+    expected = np.square(x * numbers("blk.0.attn_norm.weight")).sum(0)
+    found = imatrix.entries["blk.0.ssm_in.weight"].sums[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_stopped_run_is_continued(
+    pico_f32_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
+    expected = collect_imatrix(pico_f32_gguf, TEXT, "t", whole, 64, OPTIONS)
+
+    def stop(n_done: int, _n_total: int) -> None:
+        if n_done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_imatrix(pico_f32_gguf, TEXT, "t", cut, 64, OPTIONS, stop)
+    assert read_imatrix(cut).n_chunks == 2
+    seen: list[int] = []
+    found = collect_imatrix(
+        pico_f32_gguf, TEXT, "t", cut, 64, OPTIONS, lambda n, of: seen.append(n)
+    )
+    assert seen[0] == 3
+    assert found.n_chunks == expected.n_chunks
+    for name, entry in expected.entries.items():
+        np.testing.assert_allclose(found.entries[name].sums, entry.sums, rtol=1e-3, atol=1e-3)
+        np.testing.assert_array_equal(found.entries[name].counts, entry.counts)
+
+
+def test_file_of_another_text_is_kept(pico_f32_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "i.gguf"
+    collect_imatrix(pico_f32_gguf, TEXT, "t", out, 64, OPTIONS)
+    before = out.read_bytes()
+    with pytest.raises(UsageError, match="is of another text or chunk size"):
+        collect_imatrix(pico_f32_gguf, TEXT + "more", "t", out, 64, OPTIONS)
+    assert out.read_bytes() == before
+
+
+def test_error_in_the_callback_is_no_silent_gap(
+    pico_f32_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nanorun.errors import EngineError
+    from nanorun.runtime import imatrix as module
+
+    def broken(*_: Any) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(module._Collector, "_take", broken)
+    with pytest.raises(EngineError, match="could not be read"):
+        collect_imatrix(pico_f32_gguf, TEXT, "t", tmp_path / "i.gguf", 64, OPTIONS)
+    assert not (tmp_path / "i.gguf").exists()

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+from nanorun.runtime.scheduler import (
+    MAX_PREFILL_BESIDE_DECODE,
+    plan_rows,
+    shared_prefix_leader,
+)
+
+
+@dataclass
+class FakeStream:
+    n_prompt: int
+    n_evaluated: int
+    seq_id: int = 0
+    pending: int | None = None
+    stops: set[int] = field(default_factory=set)
+
+    @property
+    def request(self) -> Any:
+        return SimpleNamespace(prompt=list(range(self.n_prompt)), anchor=False)
+
+    @property
+    def branch(self) -> Any:
+        return SimpleNamespace(seq_id=self.seq_id)
+
+    @property
+    def in_prefill(self) -> bool:
+        return self.n_evaluated < self.n_prompt
+
+
+def answering(seq_id: int) -> FakeStream:
+    return FakeStream(n_prompt=5, n_evaluated=9, seq_id=seq_id, pending=7)
+
+
+def test_prompt_is_read_one_ubatch_at_a_time() -> None:
+    ((_, row),) = plan_rows([FakeStream(1000, 100)], n_batch=512, n_ubatch=256)
+    assert (row.pos, len(row.tokens), row.wants_logits) == (100, 256, False)
+
+
+def test_last_piece_of_a_prompt_wants_logits() -> None:
+    ((_, row),) = plan_rows([FakeStream(130, 100)], n_batch=512, n_ubatch=256)
+    assert (len(row.tokens), row.wants_logits) == (30, True)
+
+
+def test_answering_streams_come_first_and_keep_prompts_short() -> None:
+    streams = [FakeStream(1000, 0, seq_id=1), answering(2), answering(3)]
+    plan = plan_rows(streams, n_batch=512, n_ubatch=512)
+    assert [row.seq_id for _, row in plan] == [2, 3, 1]
+    assert [len(row.tokens) for _, row in plan] == [1, 1, MAX_PREFILL_BESIDE_DECODE]
+
+
+def test_prompts_share_a_batch_in_order_of_arrival() -> None:
+    plan = plan_rows([FakeStream(100, 0, 1), FakeStream(500, 0, 2)], n_batch=256, n_ubatch=256)
+    assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(1, 100), (2, 156)]
+
+
+def test_prefill_pauses_at_a_stop() -> None:
+    ((_, row),) = plan_rows([FakeStream(1000, 100, stops={50, 100, 140})], 512, 512)
+    assert len(row.tokens) == 40
+
+
+def test_leader_is_the_prefill_that_will_share_most() -> None:
+    common = list(range(200))
+    running = [([*common[:100], 999], 10), ([*common, 998], 20), (common, 300)]
+    assert shared_prefix_leader([*common, 1], running, n_cached=0) == (1, 200)
+
+
+def test_nobody_is_waited_for_when_little_is_shared() -> None:
+    assert shared_prefix_leader([1, 2, 3, 4], [([1, 2, 3, 9], 0)], n_cached=0) is None
+
+
+def test_nobody_is_waited_for_when_the_prefix_is_cached_already() -> None:
+    common = list(range(200))
+    assert shared_prefix_leader([*common, 1], [([*common, 2], 10)], n_cached=190) is None
+
+
+def test_nobody_is_waited_for_that_is_past_the_fork() -> None:
+    common = list(range(200))
+    assert shared_prefix_leader([*common, 1], [([*common, 2, 3], 201)], n_cached=0) is None

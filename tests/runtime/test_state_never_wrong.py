@@ -1,0 +1,169 @@
+"""Whatever happened before, a reply equals a fresh evaluation of its tokens."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from tests.runtime.harness import SMALL, Rig
+
+TOKENS = st.lists(st.integers(32, 900), min_size=1, max_size=40)
+
+
+class Conversations(RuleBasedStateMachine):
+    """Submit, continue, branch, edit, cancel, read ahead, evict, spill, restart, in any order."""
+
+    model: ClassVar[Path]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory()
+        # Small enough that eviction, spilling to disk and a full cache happen all the time.
+        options = replace(
+            SMALL,
+            n_ctx=256,
+            archive_bytes=900_000,
+            checkpoint_bytes=2_000_000,
+            state_dir=self.folder.name,
+        )
+        self.rig = Rig(self.model, options)
+        self.running: list[str] = []
+        self.boundaries: dict[str, list[int]] = {}
+        self.history: list[tuple[list[int], list[int]]] = [([], [])]
+
+    def teardown(self) -> None:
+        self.finish_all()
+        self.rig.close()
+        self.folder.cleanup()
+
+    @rule(
+        data=st.data(),
+        tail=TOKENS,
+        n_tokens=st.integers(1, 6),
+        boundaries=st.lists(st.integers(1, 200), max_size=3),
+        anchor=st.booleans(),
+    )
+    def submit(
+        self,
+        data: st.DataObject,
+        tail: list[int],
+        n_tokens: int,
+        boundaries: list[int],
+        anchor: bool,
+    ) -> None:
+        """A new conversation, a next turn, or an edit: any earlier text, cut anywhere, and more."""
+        earlier, cuts = data.draw(st.sampled_from(self.history))
+        keep = data.draw(st.sampled_from([len(earlier), len(earlier) // 2, 0, *cuts]))
+        prompt = (earlier[:keep] + tail)[:200]
+        if anchor and not self.running:
+            self.rig.submit(prompt, boundaries=boundaries, anchor=True)
+            return
+        request_id = self.rig.submit(prompt, n_tokens=n_tokens, boundaries=boundaries)
+        self.running.append(request_id)
+        self.boundaries[request_id] = boundaries
+
+    @rule(n=st.integers(1, 8))
+    def step(self, n: int) -> None:
+        for _ in range(n):
+            self.rig.step()
+        self.settle()
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.rig.engine.cancel(data.draw(st.sampled_from(self.running)))
+
+    @rule()
+    def evict(self) -> None:
+        self.rig.engine.tree.evict_idle()
+
+    @rule()
+    def save(self) -> None:
+        self.rig.engine.save_one()
+
+    @precondition(lambda self: not self.running)
+    @rule()
+    def restart(self) -> None:
+        self.finish_all()
+        self.rig.reopen()
+
+    @rule()
+    def finish_all(self) -> None:
+        self.rig.run()
+        self.settle()
+        assert not self.running
+
+    def settle(self) -> None:
+        """Check every reply that has ended since."""
+        for request_id in [r for r in self.running if r in self.rig.finished]:
+            self.running.remove(request_id)
+            self.rig.check(request_id)
+            said = self.rig.tokens.get(request_id, [])
+            text = self.rig.prompts[request_id] + said
+            self.history.append((text, self.boundaries[request_id]))
+
+
+def check_conversations(model: Path, max_examples: int, n_steps: int) -> None:
+    machine = type("Conversations", (Conversations,), {"model": model})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=max_examples,
+            stateful_step_count=n_steps,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def test_replies_equal_fresh_evaluations_on_pico(pico_f32_gguf: Path) -> None:
+    check_conversations(pico_f32_gguf, max_examples=40, n_steps=20)
+
+
+def test_replies_equal_fresh_evaluations_on_a_dense_hybrid(dense_gguf: Path) -> None:
+    check_conversations(dense_gguf, max_examples=40, n_steps=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("model", ["pico_f32_gguf", "dense_gguf"])
+def test_replies_equal_fresh_evaluations_at_length(
+    model: str, request: pytest.FixtureRequest
+) -> None:
+    check_conversations(request.getfixturevalue(model), max_examples=500, n_steps=30)
+
+
+def test_states_on_disk_are_what_a_restart_begins_with(pico_f32_gguf: Path, tmp_path: Path) -> None:
+    rig = Rig(pico_f32_gguf, replace(SMALL, state_dir=str(tmp_path)))
+    prompt = [32 + i % 700 for i in range(300)]
+    rig.submit(prompt, anchor=True)
+    rig.run()
+    rig.reopen()
+    tokens, finished = rig.ask([*prompt, 40, 41])
+    assert (finished.usage.cached_tokens, finished.usage.cached_from) == (300, "disk")
+    assert len(tokens) == 4
+    rig.check("t1")
+    rig.close()
+
+
+def test_states_of_another_file_are_not_used(
+    pico_f32_gguf: Path, pico_gguf: Path, tmp_path: Path
+) -> None:
+    options = replace(SMALL, state_dir=str(tmp_path))
+    prompt = [32 + i % 700 for i in range(300)]
+    rig = Rig(pico_f32_gguf, options)
+    rig.submit(prompt, anchor=True)
+    rig.run()
+    rig.close()
+    assert list(tmp_path.iterdir())
+    other = Rig(pico_gguf, options)
+    _, finished = other.ask([*prompt, 40, 41])
+    assert finished.usage.cached_tokens == 0
+    other.close()

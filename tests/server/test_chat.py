@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nanorun.errors import ContextFull, EngineDied, EngineError, UsageError
+from nanorun.model.chat import Message, Notice, PrefillProgress, TextDelta, ToolCall
+from tests.fakes import FakeClient, reply
+from tests.server.conftest import CHAT, Endpoint, error_of
+
+Make = Callable[..., Endpoint]
+CALL = ToolCall("call_1", "add", {"a": 1, "b": "ü"})
+
+
+async def test_completion_has_answer_thinking_and_usage(endpoint: Make) -> None:
+    api = endpoint(reply("the answer", thinking="let me see", cached_tokens=5))
+    body = (await api.chat()).json()
+    assert body["object"] == "chat.completion"
+    assert body["model"] == "pico"
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "the answer",
+        "reasoning_content": "let me see",
+        "reasoning": "let me see",
+    }
+    assert body["usage"] == {
+        "prompt_tokens": 7,
+        "completion_tokens": 5,
+        "total_tokens": 12,
+        "prompt_tokens_details": {"cached_tokens": 5},
+        "completion_tokens_details": {"reasoning_tokens": 3},
+    }
+
+
+async def test_completion_without_thinking_has_no_reasoning(endpoint: Make) -> None:
+    message = (await endpoint(reply("4")).chat()).json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "4"}
+
+
+async def test_completion_with_tool_call_has_null_content(endpoint: Make) -> None:
+    choice = (await endpoint(reply(tool_calls=[CALL])).chat()).json()["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] is None
+    function = {"name": "add", "arguments": '{"a": 1, "b": "ü"}'}
+    assert choice["message"]["tool_calls"] == [
+        {"id": "call_1", "type": "function", "function": function}
+    ]
+
+
+async def test_completion_cut_short_says_length(endpoint: Make) -> None:
+    body = (await endpoint(reply("cut", reason="length")).chat()).json()
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+async def test_request_reaches_the_engine(endpoint: Make) -> None:
+    api = endpoint(think="low")
+    await api.chat("2+2?", seed=3, temperature=0, stop=["x"], max_tokens=4)
+    request = api.client.last
+    assert request.messages == (Message("user", "2+2?"),)
+    options = request.options
+    assert (options.seed, options.temperature, options.stop) == (3, 0, ("x",))
+    assert (options.max_tokens, options.think) == (4, "low")
+
+
+async def test_stream_has_role_thinking_answer_and_end(endpoint: Make) -> None:
+    stream = await endpoint(reply("the answer", thinking="let me see")).stream()
+    assert stream.deltas[0] == {"role": "assistant", "content": ""}
+    assert stream.text("reasoning_content") == stream.text("reasoning") == "let me see"
+    assert stream.text("content") == "the answer"
+    assert [c["choices"][0]["finish_reason"] for c in stream.chunks][-2:] == [None, "stop"]
+    assert len({(c["id"], c["created"]) for c in stream.chunks}) == 1
+    assert stream.is_done
+    assert not any("usage" in chunk for chunk in stream.chunks)
+
+
+async def test_stream_carries_usage_when_asked(endpoint: Make) -> None:
+    stream = await endpoint(reply("a b")).stream(stream_options={"include_usage": True})
+    last = stream.chunks[-1]
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 2
+    assert stream.is_done
+
+
+async def test_stream_tool_calls_are_numbered_and_whole(endpoint: Make) -> None:
+    other = ToolCall("call_2", "sub", {})
+    stream = await endpoint(reply(tool_calls=[CALL, other])).stream()
+    calls = [call for delta in stream.deltas for call in delta.get("tool_calls", ())]
+    assert [(call["index"], call["id"]) for call in calls] == [(0, "call_1"), (1, "call_2")]
+    assert calls[0]["function"]["arguments"] == '{"a": 1, "b": "ü"}'
+
+
+async def test_stream_tells_of_prefill_and_notices_in_comments(endpoint: Make) -> None:
+    steps = [PrefillProgress(3, 9, 0), Notice("restarted\nthe engine"), *reply("x")]
+    stream = await endpoint(steps).stream()
+    assert stream.comments[:2] == ["prompt 3 of 9 tokens", "restarted the engine"]
+    assert stream.text("content") == "x"
+
+
+async def test_stream_is_kept_alive_while_nothing_comes(endpoint: Make) -> None:
+    stream = await endpoint([0.3, *reply("x")], keepalive_s=0.05).stream()
+    assert "waiting" in stream.comments
+    assert stream.text("content") == "x"
+
+
+FAILURES = [
+    (ContextFull("9000 tokens do not fit 8192"), 400, "context_length_exceeded"),
+    (UsageError("roles must alternate"), 400, None),
+    (EngineDied("the engine's process was ended by SIGKILL"), 503, "engine_died"),
+    (EngineError("llama_decode failed"), 500, "engine_error"),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("error", "status", "code"), FAILURES)
+async def test_failure_before_the_first_event_has_a_status(
+    endpoint: Make, error: Exception, status: int, code: str | None, stream: bool
+) -> None:
+    response = await endpoint([error]).chat(stream=stream)
+    assert response.status_code == status
+    body = error_of(response)
+    assert body["code"] == code
+    assert body["message"].startswith(str(error))
+
+
+async def test_failure_within_a_stream_is_an_event_and_no_done(endpoint: Make) -> None:
+    steps = [TextDelta("so far"), EngineDied("the engine's process was ended by SIGKILL")]
+    stream = await endpoint(steps).stream()
+    assert stream.text("content") == "so far"
+    assert stream.chunks[-1]["error"]["code"] == "engine_died"
+    assert not stream.is_done
+
+
+async def test_failure_unforeseen_is_not_described(
+    endpoint: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    response = await endpoint([ZeroDivisionError("secret path")]).chat()
+    assert response.status_code == 500
+    assert "secret" not in response.text
+    assert error_of(response)["type"] == "server_error"
+    assert "secret path" in caplog.text
+
+
+async def test_failure_leaves_room_for_the_next_request(endpoint: Make) -> None:
+    api = endpoint([EngineDied("gone")], reply("back"), max_queued=0, n_parallel=1)
+    assert (await api.chat()).status_code == 503
+    assert (await api.chat()).json()["choices"][0]["message"]["content"] == "back"
+
+
+async def test_model_of_another_name_is_not_found(endpoint: Make) -> None:
+    response = await endpoint().chat(model="gpt-5")
+    assert response.status_code == 404
+    assert error_of(response)["code"] == "model_not_found"
+    assert "'pico'" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_queue_that_is_full_says_when_to_come_back(endpoint: Make, stream: bool) -> None:
+    gate = asyncio.Event()
+    api = endpoint([gate, *reply("late")], n_parallel=1, max_queued=1)
+    waiting = [asyncio.ensure_future(api.chat(stream=stream)) for _ in range(2)]
+    while len(api.client.requests) < 2:
+        await asyncio.sleep(0)
+    refused = await api.chat(stream=stream)
+    assert refused.status_code == 429
+    assert error_of(refused)["code"] == "queue_full"
+    assert int(refused.headers["retry-after"]) >= 1
+    gate.set()
+    assert [r.status_code for r in await asyncio.gather(*waiting)] == [200, 200]
+    assert (await api.chat(stream=stream)).status_code == 200
+
+
+def raw_scope(path: str) -> dict[str, Any]:
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"localhost:8080"), (b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 5000),
+        "server": ("127.0.0.1", 8080),
+    }
+
+
+class LeavingClient:
+    """A connection that sends a request and hangs up when told."""
+
+    def __init__(self, body: bytes) -> None:
+        self.left = asyncio.Event()
+        self.sent: list[Any] = []
+        self._messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive(self) -> Any:
+        if self._messages:
+            return self._messages.pop()
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize("stream", [b"false", b"true"])
+@pytest.mark.parametrize("n_before", [0, 3])
+async def test_client_that_leaves_cancels_its_reply(
+    endpoint: Make, stream: bytes, n_before: int
+) -> None:
+    api = endpoint([*reply("some words to send")[:n_before], asyncio.Event()])
+    body = b'{"messages": [{"role": "user", "content": "x"}], "stream": %s}' % stream
+    connection = LeavingClient(body)
+    app: Any = api.app
+    task = asyncio.ensure_future(app(raw_scope(CHAT), connection.receive, connection.send))
+    while not api.client.requests or len(api.client.last.generation.sent) < n_before:
+        await asyncio.sleep(0)
+    connection.left.set()
+    await asyncio.wait_for(task, 5)
+    assert api.client.last.generation.was_abandoned
+    health = (await api.request("GET", "/health")).json()
+    assert health["n_active"] == 0
+
+
+async def test_model_that_is_not_loaded_is_not_ready() -> None:
+    class Unloaded(FakeClient):
+        info = None  # type: ignore[assignment]
+
+    from nanorun.server.settings import ServerSettings
+
+    response = await Endpoint(Unloaded(), ServerSettings()).request("GET", "/health")
+    assert response.status_code == 503
+    assert error_of(response)["code"] == "not_ready"

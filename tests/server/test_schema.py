@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from nanorun.model.chat import Message, ToolCall
+from nanorun.server.errors import ApiError
+from nanorun.server.schema import EFFORTS, ChatRequest
+
+USER = {"role": "user", "content": "hi"}
+
+
+def parse(**fields: Any) -> ChatRequest:
+    request = ChatRequest.model_validate({"messages": [USER], **fields})
+    request.check_supported()
+    return request
+
+
+def think(**fields: Any) -> str | int:
+    return parse(**fields).to_options(default_think="low").think
+
+
+def parse_message(**fields: Any) -> Message:
+    return parse(messages=[fields]).to_messages()[0]
+
+
+def test_message_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": "b"}]
+    assert parse_message(role="user", content=parts) == Message("user", "a\nb")
+
+
+def test_message_null_content_is_empty() -> None:
+    assert parse_message(role="assistant", content=None).content == ""
+
+
+def test_message_developer_is_system() -> None:
+    assert parse_message(role="developer", content="be brief") == Message("system", "be brief")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_message_thinking_is_taken_under_either_name(key: str) -> None:
+    message = parse_message(role="assistant", content="4", **{key: "2+2"})
+    assert message == Message("assistant", "4", thinking="2+2")
+
+
+def test_message_tool_call_arguments_are_parsed() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    message = parse_message(role="assistant", content=None, tool_calls=[call])
+    assert message.tool_calls == (ToolCall("c1", "add", {"a": 1}),)
+
+
+def test_message_tool_result_keeps_its_call() -> None:
+    message = parse_message(role="tool", content="3", tool_call_id="c1")
+    assert message == Message("tool", "3", tool_call_id="c1")
+
+
+def test_message_fields_of_other_servers_are_ignored() -> None:
+    message = parse_message(
+        role="assistant", content="x", refusal=None, annotations=[], provider_specific_fields={}
+    )
+    assert message == Message("assistant", "x")
+
+
+@pytest.mark.parametrize(
+    ("message", "says"),
+    [
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "image_url"),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "text only"),
+        ({"role": "user", "content": 3}, "string or an array"),
+        ({"role": "user", "content": [{"type": "text"}]}, "has no text"),
+        ({"role": "user", "content": ["x"]}, "part 0 is str"),
+        ({"role": "robot", "content": "x"}, "'system'"),
+        ({"role": "user", "content": "\ud800"}, "surrogate"),
+        ({"role": "assistant", "function_call": {"name": "f"}}, "not supported"),
+        ({"role": "user", "content": "x", "tool_calls": [
+            {"id": "1", "function": {"name": "f", "arguments": "{}"}}]}, "do not belong"),
+        ({"role": "assistant", "tool_calls": [
+            {"id": "1", "function": {"name": "f", "arguments": "{"}}]}, "not JSON"),
+        ({"role": "assistant", "tool_calls": [
+            {"id": "1", "function": {"name": "f", "arguments": "[1]"}}]}, "JSON object"),
+    ],
+)  # fmt: skip
+def test_message_that_cannot_be_meant_is_refused(message: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        parse(messages=[message])
+
+
+def test_conversation_without_messages_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        parse(messages=[])
+
+
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_effort_is_a_depth_the_engine_knows(effort: str) -> None:
+    from nanorun.runtime.reasoning import parse_think
+
+    parse_think(think(reasoning_effort=effort))
+
+
+def test_efforts_grow() -> None:
+    from nanorun.runtime.reasoning import parse_think
+
+    budgets = [parse_think(depth) for depth in EFFORTS.values()]
+    finite = [budget for budget in budgets if budget is not None]
+    assert budgets == [*finite, None]
+    assert finite == sorted(set(finite))
+
+
+@pytest.mark.parametrize(
+    ("fields", "depth"),
+    [
+        ({}, "low"),
+        ({"reasoning_effort": "none"}, "off"),
+        ({"reasoning_effort": "high"}, "high"),
+        ({"reasoning_budget": 100}, 100),
+        ({"reasoning_budget": 0}, 0),
+        ({"reasoning_budget": -1}, "max"),
+        ({"reasoning_budget": 7, "reasoning_effort": "high"}, 7),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "off"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "low"),
+        (
+            {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "high"},
+            "high",
+        ),
+    ],
+)
+def test_think_is_the_most_exact_of_what_is_asked(fields: dict[str, Any], depth: object) -> None:
+    assert think(**fields) == depth
+
+
+def test_options_carry_every_setting() -> None:
+    options = parse(
+        max_tokens=9, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=2**40, stop=["a", "b"]
+    ).to_options(default_think="off")
+    assert (options.max_tokens, options.temperature, options.top_p) == (9, 0.5, 0.9)
+    assert (options.top_k, options.min_p, options.seed) == (40, 0.1, 2**40)
+    assert options.stop == ("a", "b")
+
+
+def test_options_take_one_stop_and_the_newer_name_of_max_tokens() -> None:
+    options = parse(stop="END", max_completion_tokens=5).to_options(default_think="off")
+    assert (options.stop, options.max_tokens) == (("END",), 5)
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": None, "parameters": {"type": "object"}},
+}
+
+
+def test_tools_lose_their_nulls() -> None:
+    options = parse(tools=[TOOL]).to_options(default_think="off")
+    assert options.tools == (
+        {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
+    )
+
+
+def test_tool_choice_none_hides_the_tools() -> None:
+    assert parse(tools=[TOOL], tool_choice="none").to_options(default_think="off").tools == ()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "web_search"}]},
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "function", "function": {"name": "add"}}},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 2},
+        {"max_tokens": 0},
+        {"stop": [""]},
+        {"stop": 3},
+        {"stream": "yes"},
+        {"reasoning_effort": "extreme"},
+        {"reasoning_budget": -2},
+        {"chat_template_kwargs": {"low_effort": True}},
+    ],
+    ids=str,
+)
+def test_field_out_of_range_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse(**fields)
+    assert caught.value.errors()[0]["loc"][0] in fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"top_logprobs": 3},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -0.5},
+        {"response_format": {"type": "json_object"}},
+        {"parallel_tool_calls": False},
+        {"modalities": ["text", "audio"]},
+        {"functions": [{"name": "f"}]},
+        {"web_search_options": {}},
+        {"grammar": 'root ::= "a"'},
+    ],
+    ids=str,
+)
+def test_field_that_would_change_the_answer_is_refused_by_name(fields: dict[str, Any]) -> None:
+    (name,) = fields
+    with pytest.raises(ApiError) as caught:
+        parse(**fields)
+    assert (caught.value.status, caught.value.param) == (400, name)
+    assert name in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 1},
+        {"logprobs": False},
+        {"frequency_penalty": 0.0},
+        {"response_format": {"type": "text"}},
+        {"parallel_tool_calls": True},
+        {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
+        {"logit_bias": None, "functions": None},
+    ],
+    ids=str,
+)
+def test_field_that_asks_for_nothing_is_ignored(fields: dict[str, Any]) -> None:
+    assert parse(**fields).to_options(default_think="low") == parse().to_options(
+        default_think="low"
+    )
+
+
+def test_two_different_limits_are_refused() -> None:
+    assert parse(max_tokens=5, max_completion_tokens=5)
+    with pytest.raises(ApiError, match="differ"):
+        parse(max_tokens=5, max_completion_tokens=6)
+
+
+def test_biases_and_endless_replies_reach_the_engine() -> None:
+    request = ChatRequest.model_validate(
+        {
+            "messages": [{"role": "user", "content": "x"}],
+            "logit_bias": {"13": -100, "5": 1.5},
+            "ignore_eos": True,
+        }
+    )
+    request.check_supported()
+    options = request.to_options(default_think="off")
+    assert options.logit_bias == ((13, -100.0), (5, 1.5))
+    assert options.ignore_eos
+
+
+@pytest.mark.parametrize("reasoning", [{"reasoning_content": "hm"}, {"reasoning": "hm"}, {}])
+def test_history_shows_whether_the_client_gives_thinking_back(reasoning: dict[str, str]) -> None:
+    turns = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "y", **reasoning},
+        {"role": "user", "content": "z"},
+    ]
+    options = ChatRequest.model_validate({"messages": turns}).to_options(default_think="off")
+    assert options.echo_thinking == bool(reasoning)
