@@ -1,12 +1,13 @@
 """What recipes, padding and the search are worth on pico: bytes against KL divergence.
 
-    python bench/quant.py [--work FOLDER] [--conversations N] [--part presets|search] [--scale 0.92]
+    python bench/quant.py [--work FOLDER] [--part presets|search|sensitivity] [--scale 0.92]
 
 Reference: pico in F32. Imatrix: `nanorun.runtime.imatrix` on one half of the conversations; the KL
 divergence is of the other half, control tokens parsed, in chunks of 512, by the method of
 llama-perplexity. `llama.cpp` rows are made by its `llama_model_quantize`, with the same imatrix,
 from the unpadded F32 file, so they hold its fallbacks; `padded` rows are the same preset on padded
 shapes; `searched` rows have the size of the recipe or of llama.cpp's file above, times `--scale`.
+`sensitivity` encodes one tensor at a time and compares its KL divergence with the prediction.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import random
+import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -24,12 +26,18 @@ sys.path[:0] = [str(ROOT / "scripts")]
 
 from nanorun.chat.template import ChatTemplate  # noqa: E402
 from nanorun.model.chat import Message  # noqa: E402
+from nanorun.model.ggml_type import GgmlType  # noqa: E402
 from nanorun.runtime.divergence import measure  # noqa: E402
 from nanorun.runtime.imatrix import collect_imatrix  # noqa: E402
 from nanorun.runtime.library import load_llama  # noqa: E402
 from nanorun.runtime.options import EngineOptions  # noqa: E402
-from nanorun_converters.convert import ConvertOptions, convert  # noqa: E402
+from nanorun_converters.allocate import Measure  # noqa: E402
+from nanorun_converters.convert import ConvertOptions, convert, write_plan  # noqa: E402
+from nanorun_converters.importance import importance  # noqa: E402
+from nanorun_converters.plan import plan_conversion  # noqa: E402
+from nanorun_quant.ggml import load_ggml  # noqa: E402
 from nanorun_quant.imatrix import Imatrix, read_imatrix  # noqa: E402
+from nanorun_quant.recipe import Assignment  # noqa: E402
 
 SOURCE = ROOT / "nanorun" / "data" / "pico"
 # llama_ftype of llama.h.
@@ -112,6 +120,38 @@ def recipes(work: Path, imatrix: Path, scale: float) -> Iterator[Entry]:
         yield searched(work, name, int(scale * out.stat().st_size), imatrix)
 
 
+def sensitivity(work: Path, imatrix: Path, text: str, options: EngineOptions) -> None:
+    """Print, for each tensor alone as Q4_0 and as Q2_0, what was predicted and what came."""
+    plan = plan_conversion(SOURCE, ConvertOptions(recipe="f32", imatrix=imatrix))
+    measured = Measure(load_ggml(), plan.imatrix)
+    factors = importance(plan.arch, measured.powers(plan.tensors))
+    rows, paths = [], []
+    for type_ in (GgmlType.Q4_0, GgmlType.Q2_0):
+        for tensor in plan.tensors:
+            name = tensor.spec.name
+            if name in factors:
+                path = work / f"{type_.label}-{name}.gguf"
+                types = {**plan.assignments, name: Assignment(type_, "alone")}
+                one = replace(plan, assignments=types, out=path)
+                write_plan(one, ConvertOptions(out=path, force=True))
+                paths.append(path)
+                predicted = factors[name] * measured.relative_error(tensor, type_)
+                rows.append((type_.label, name, predicted))
+    results = measure(work / "f32.gguf", paths, text, 512, options, special=True)
+    ratios = [r.kld_mean / row[2] for r, row in zip(results, rows, strict=True)]
+    scale = statistics.median(ratios)
+    print("| type | tensor | KLD mean | predicted | ratio |\n|---|---|---|---|---|")
+    for row, result, ratio in zip(rows, results, ratios, strict=True):
+        predicted = row[2] * scale
+        print(f"| {row[0]} | {row[1]} | {result.kld_mean:.6f} | {predicted:.6f} |"
+              f" {ratio / scale:.2f} |")  # fmt: skip
+    for label, is_attention in (("attention", True), ("all others", False)):
+        some = [r / scale for r, row in zip(ratios, rows, strict=True)
+                if ("attn_" in row[1]) is is_attention]  # fmt: skip
+        near = sum(0.25 <= r <= 4 for r in some)
+        print(f"{label}: {near} of {len(some)} within a factor of 4")
+
+
 def searched(work: Path, name: str, n_bytes: int, imatrix: Path) -> Entry:
     """The searched file of a size."""
     out = work / f"{name}-searched.gguf"
@@ -126,8 +166,8 @@ def main() -> None:
     """Make the files, measure them, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("bench-quant"))
-    parser.add_argument("--conversations", type=int, default=100)
-    parser.add_argument("--part", choices=("presets", "search"), default="search")
+    parser.add_argument("--conversations", type=int, default=150)
+    parser.add_argument("--part", choices=("presets", "search", "sensitivity"), default="search")
     parser.add_argument("--scale", type=float, default=1.0)
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
@@ -137,6 +177,9 @@ def main() -> None:
     options = EngineOptions(n_threads=1)
     text = conversations(1, args.conversations)
     collect_imatrix(reference, text, "pico", imatrix, 512, options, special=True)
+    if args.part == "sensitivity":
+        sensitivity(args.work, imatrix, conversations(2, args.conversations), options)
+        return
     make = presets if args.part == "presets" else recipes
     entries = list(make(args.work, imatrix, args.scale))
     paths = [entry.path for entry in entries]

@@ -258,7 +258,7 @@ def _add_experts(
     matrix(f"{mixer}gate.weight", n_expert, n_embd)
     bias = 0.05 * rng.standard_normal(n_expert, dtype=np.float32)
     tensors[f"{prefix}{mixer}gate.e_score_correction_bias"] = bias
-    if n_in != n_embd:
+    if config.get("moe_latent_size"):
         matrix(f"{mixer}fc1_latent_proj.weight", n_in, n_embd)
         matrix(f"{mixer}fc2_latent_proj.weight", n_embd, n_in)
     if stacked:

@@ -78,7 +78,7 @@ def search_types(
     Raises:
         UsageError: If even the smallest types do not fit.
     """
-    measure = _Measure(load_ggml(), imatrix)
+    measure = Measure(load_ggml(), imatrix)
     factors = importance(arch, measure.powers(tensors))
     best: tuple[float, Fit] | None = None
     smallest = 0
@@ -132,7 +132,7 @@ def _fit(
     return Fit(recipe, padded, padding, assignments, n_params, table)
 
 
-class _Measure:
+class Measure:
     """Encodes samples of tensors, and remembers what came of it."""
 
     def __init__(self, ggml: Ggml, imatrix: Imatrix | None) -> None:
@@ -233,7 +233,7 @@ def role_stats(
     progress: Callable[[str], None] | None = None,
 ) -> list[RoleStats]:
     """What each role loses, most bytes first; a role of several types has the first one's name."""
-    measure = _Measure(load_ggml(), imatrix)
+    measure = Measure(load_ggml(), imatrix)
     by_role: dict[Role, list[tuple[GgmlType, int, float]]] = {}
     for plan in tensors:
         if plan.spec.quantizable:

@@ -169,8 +169,8 @@ def _check_output(
 
 
 def _command(plan: ConversionPlan) -> str:
-    folder, out = (shlex.quote(str(path)) for path in (plan.source.folder, plan.out))
-    return f"nanorun convert {folder} --recipe {plan.recipe.name} --out {out}"
+    source, out = shlex.quote(plan.source.files.argument), shlex.quote(str(plan.out))
+    return f"nanorun convert {source} --recipe {plan.recipe.name} --out {out}"
 
 
 def _fingerprint(plan: ConversionPlan, layouts: Sequence[Layout]) -> str:

@@ -59,6 +59,20 @@ class Value:
         return head + b"".join(_encode_scalar(self.type, element) for element in self.content)
 
 
+@dataclass(frozen=True, slots=True)
+class RawValue:
+    """A metadata value that another file holds, with its type, byte by byte."""
+
+    raw: bytes
+
+    def encode(self) -> bytes:
+        """The bytes after the key's name."""
+        return self.raw
+
+
+AnyValue = Value | RawValue
+
+
 def u16(content: int) -> Value:
     """A small number from 0."""
     return Value(ValueType.U16, content)
@@ -113,7 +127,7 @@ class Layout:
         return len(self.header) + sum(padded_bytes(slot.n_bytes) for slot in self.slots)
 
 
-def lay_out(metadata: Mapping[str, Value], slots: Sequence[TensorSlot]) -> Layout:
+def lay_out(metadata: Mapping[str, AnyValue], slots: Sequence[TensorSlot]) -> Layout:
     """Encode the header for `slots`, whose data follows in that order."""
     parts = [MAGIC, struct.pack("<IQQ", VERSION, len(slots), len(metadata))]
     parts += [_encode_pair(key, value) for key, value in metadata.items()]
@@ -126,7 +140,7 @@ def lay_out(metadata: Mapping[str, Value], slots: Sequence[TensorSlot]) -> Layou
 
 
 def lay_out_split(
-    metadata: Mapping[str, Value], slots: Sequence[TensorSlot], max_bytes: int
+    metadata: Mapping[str, AnyValue], slots: Sequence[TensorSlot], max_bytes: int
 ) -> list[Layout]:
     """Lay out as few files as needed to keep each within `max_bytes`; one is not split at all.
 
@@ -136,13 +150,15 @@ def lay_out_split(
     whole = lay_out(metadata, slots)
     if whole.file_bytes <= max_bytes:
         return [whole]
-    groups = _groups(slots, len(lay_out({**metadata, **_split_keys(0, 0, 0)}, []).header), max_bytes)
+    empty = lay_out({**metadata, **_split_keys(0, 0, 0)}, [])
+    groups = _groups(slots, len(empty.header), max_bytes)
     if len(groups) > MAX_SPLITS:
         raise UsageError(f"--split-max-size {max_bytes}: {len(groups)} files are too many")
-    keys = [_split_keys(i, len(groups), len(slots)) for i in range(len(groups))]
-    return [
-        lay_out({**metadata, **keys[0]} if i == 0 else keys[i], group) for i, group in enumerate(groups)
-    ]
+    layouts = []
+    for i, group in enumerate(groups):
+        keys = _split_keys(i, len(groups), len(slots))
+        layouts.append(lay_out({**metadata, **keys} if i == 0 else keys, group))
+    return layouts
 
 
 def split_paths(path: Path, n_files: int) -> list[Path]:
@@ -198,7 +214,7 @@ def _encode_slot(slot: TensorSlot, offset: int) -> bytes:
     return _encode_string(slot.name) + entry
 
 
-def _encode_pair(key: str, value: Value) -> bytes:
+def _encode_pair(key: str, value: AnyValue) -> bytes:
     try:
         return _encode_string(key) + value.encode()
     except UnicodeEncodeError as error:

@@ -67,7 +67,8 @@ class HubFiles:
     ) -> None:
         self.repository = repository
         self.n_reads_ahead = N_CONNECTIONS
-        self.where = PurePosixPath(f"{repository}@{revision}" if revision else repository)
+        self.argument = f"{repository}@{revision}" if revision else repository
+        self.where = PurePosixPath(self.argument)
         self._client = HubClient(pause)
         info = self._client.model_info(repository, revision, str(self.where))
         self.revision: str = info.sha
@@ -209,9 +210,8 @@ class HubClient:
                 self._wait(i_try, None)
                 reason = error
             except (TypeError, KeyError, AttributeError, ValueError) as error:
-                raise ModelError(f"{where}: the Hub's answer is no model", facts=[str(error)]) from (
-                    error
-                )
+                what = f"{where}: the Hub's answer is no model"
+                raise ModelError(what, facts=[str(error)]) from error
         raise self._unreachable(where, str(reason)) from reason
 
     def fetch(
@@ -227,7 +227,8 @@ class HubClient:
         n_done, i_try, problem = 0, 0, ""
         while n_done < n_bytes:
             if i_try == N_TRIES:
-                raise self._unreachable(where, problem)
+                kept = "what was converted so far is kept: the same command goes on"
+                raise self._unreachable(where, problem, kept)
             before = n_done
             try:
                 with self._gate, self._answer(path, where, offset + n_done, offset + n_bytes) as r:
@@ -271,9 +272,7 @@ class HubClient:
         self._locations[path] = url
         return url
 
-    def _problem(
-        self, response: Any, path: str, where: str, first: int, n_file_bytes: int
-    ) -> str:
+    def _problem(self, response: Any, path: str, where: str, first: int, n_file_bytes: int) -> str:
         """Why an answer is not the range that was asked for; "" where it is."""
         status = response.status_code
         if status in _STALE:
@@ -304,10 +303,10 @@ class HubClient:
             pause = max(pause, min(float(retry_after), 5 * LONGEST_PAUSE_S))
         self._pause(pause)
 
-    def _unreachable(self, where: str, reason: str) -> NanorunError:
+    def _unreachable(self, where: str, reason: str, *facts: str) -> NanorunError:
         return SourceUnreachableError(
             f"{where} cannot be read from {self.endpoint}",
-            facts=[reason[:200], "what was converted so far is kept: the same command goes on"],
+            facts=[reason[:200], *facts],
         )
 
 

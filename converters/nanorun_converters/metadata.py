@@ -14,7 +14,7 @@ from nanorun import __version__
 from nanorun.model.arch import HybridArch, LayerKind
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role
-from nanorun_converters.gguf_writer import Value, boolean, f32, i32, string, u32
+from nanorun_converters.gguf_writer import AnyValue, RawValue, Value, boolean, f32, i32, string, u32
 from nanorun_converters.store import SourceModel
 from nanorun_converters.tokenizer import Vocabulary
 from nanorun_quant.imatrix import Imatrix
@@ -23,6 +23,7 @@ QUANTIZATION_VERSION = 2
 """GGML_QNT_VERSION of ggml.h."""
 
 SHA256_HEX_LENGTH = 64
+_NEXTN = "nextn_predict_layers"
 
 # enum llama_ftype of llama.h for a file that is mostly of one type. The engine only prints it.
 _FILE_TYPES = {
@@ -102,6 +103,28 @@ def build_metadata(
     }
 
 
+def merge_metadata(
+    carried: Mapping[str, RawValue],
+    source: SourceModel,
+    arch: HybridArch,
+    provenance: Provenance,
+    hashes: Sequence[str],
+) -> dict[str, AnyValue]:
+    """The keys of a file that is made from another GGUF: that one's, and what is different now."""
+    general = _general(source, arch, provenance)
+    changed = ("general.architecture", "general.file_type", "general.quantization_version")
+    # The shape is stated anew, and without the head if that is left out.
+    kept = {key: value for key, value in carried.items() if not key.endswith(_NEXTN)}
+    return {
+        **kept,
+        **{key: general[key] for key in changed},
+        **{f"{arch.name}.{key}": value for key, value in _shape(arch).items()},
+        **_nanorun(source, arch, provenance, hashes),
+        **_imatrix(provenance.imatrix),
+        **_search(provenance.search),
+    }
+
+
 def _general(source: SourceModel, arch: HybridArch, provenance: Provenance) -> dict[str, Value]:
     mostly = max(provenance.bytes_of_type, key=lambda t: provenance.bytes_of_type[t])
     return {
@@ -163,7 +186,7 @@ def _shape(arch: HybridArch) -> dict[str, Value]:
         "ssm.group_count": u32(arch.ssm_n_group),
     }
     if arch.n_layer_nextn:
-        keys["nextn_predict_layers"] = u32(arch.n_layer_nextn)
+        keys[_NEXTN] = u32(arch.n_layer_nextn)
     return keys | _experts(arch) if arch.n_expert else keys
 
 

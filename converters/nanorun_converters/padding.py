@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nanorun.errors import UsageError
 from nanorun.model.arch import HybridArch
 from nanorun.model.tensor_roles import Role, TensorSpec, expected_tensors
 
@@ -55,8 +56,16 @@ def pad_tensors(
         return list(tensors)
     specs = expected_tensors(padded)
     growth = math.sqrt(padded.n_embd / arch.n_embd)
+    biases = [t.spec.name for t in tensors if t.spec.role is Role.BIAS]
+    if biases:
+        raise UsageError(
+            f"{biases[0]} is not made for padding", tries=["nanorun convert SOURCE --pad never"]
+        )
+    # A factor beside a weight is one number, whatever the weight's size.
     return [
         replace(t, spec=specs[t.spec.name], frame=_frame(t.spec, specs[t.spec.name], arch, growth))
+        if t.spec.name in specs
+        else t
         for t in tensors
     ]
 

@@ -8,29 +8,39 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from nanorun.errors import ModelError, NanorunError, UsageError
+from nanorun.errors import ModelError, UsageError
 from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role
 from nanorun_converters.allocate import Target, search_types
-from nanorun_converters.config import arch_from_config, text_config
 from nanorun_converters.factors import add_factors, keeps_blocks
-from nanorun_converters.gguf_writer import Layout, TensorSlot, lay_out, lay_out_split
-from nanorun_converters.metadata import SHA256_HEX_LENGTH, Provenance, build_metadata
+from nanorun_converters.gguf_writer import (
+    AnyValue,
+    Layout,
+    RawValue,
+    TensorSlot,
+    lay_out,
+    lay_out_split,
+)
+from nanorun_converters.metadata import (
+    SHA256_HEX_LENGTH,
+    Provenance,
+    build_metadata,
+    merge_metadata,
+)
+from nanorun_converters.opened import OpenedModel, for_source, open_model
 from nanorun_converters.padding import pad_tensors
-from nanorun_converters.scheme import CONFIG_FILE, Scheme, read_scheme
-from nanorun_converters.source import open_files, open_source
+from nanorun_converters.scheme import Scheme
 from nanorun_converters.store import Files, SourceModel
-from nanorun_converters.tensors import Piece, TensorPlan, plan_tensors
-from nanorun_converters.tokenizer import TOKENIZER_FILE, Vocabulary, read_vocabulary
+from nanorun_converters.tensors import Piece, TensorPlan
+from nanorun_converters.tokenizer import Vocabulary
 from nanorun_quant.fit import Fit, fit_recipe
 from nanorun_quant.ggml import NEED_IMATRIX, USE_NO_IMATRIX
 from nanorun_quant.imatrix import Imatrix, per_expert, read_imatrix
@@ -47,6 +57,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 K = TypeVar("K", GgmlType, Role)
+
+_SMALL = Assignment(GgmlType.F32, "small or sensitive, always f32")
 
 _ENTRY_BYTES = 160
 """Most that a tensor takes in the directory, in the search's table, and by alignment."""
@@ -100,7 +112,7 @@ class ConversionPlan:
     source: SourceModel
     arch: HybridArch
     vocabulary: Vocabulary | None
-    """None in a plan of a source model without its tokenizer, whose size then does not count."""
+    """None for a GGUF, and in a plan of a source model without its tokenizer."""
     recipe: Recipe
     tensors: tuple[TensorPlan, ...]
     """In file order."""
@@ -113,8 +125,15 @@ class ConversionPlan:
     scheme: Scheme = field(default_factory=Scheme)
     """How the source's weights are quantized."""
     split_max_bytes: int | None = None
+    carried: Mapping[str, RawValue] | None = None
+    """Metadata of the GGUF that is the source, if it is one."""
     search: Sequence[str] = ()
     """What a search found, `name=type:cost` a tensor."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the output's size counts a tokenizer."""
+        return self.vocabulary is not None or self.carried is not None
 
     def type_of(self, tensor: TensorPlan) -> GgmlType:
         """The type a tensor is written as."""
@@ -176,9 +195,7 @@ class ConversionPlan:
                 their place.
         """
         hashes = hashes or ["0" * SHA256_HEX_LENGTH] * len(self.source.stores)
-        metadata = build_metadata(
-            self.source, self.arch, self.vocabulary, self._provenance(), hashes
-        )
+        metadata = self._metadata(hashes)
         slots = [
             TensorSlot(t.spec.name, self.type_of(t), t.spec.shape, self.n_bytes_of(t))
             for t in self.tensors
@@ -186,6 +203,12 @@ class ConversionPlan:
         if self.split_max_bytes is None:
             return [lay_out(metadata, slots)]
         return lay_out_split(metadata, slots, self.split_max_bytes)
+
+    def _metadata(self, hashes: Sequence[str]) -> Mapping[str, AnyValue]:
+        about = (self._provenance(), hashes)
+        if self.carried is not None:
+            return merge_metadata(self.carried, self.source, self.arch, *about)
+        return build_metadata(self.source, self.arch, self.vocabulary, *about)
 
     def _provenance(self) -> Provenance:
         sizes = [(t, self.n_bytes_of(t)) for t in self.tensors]
@@ -222,19 +245,11 @@ def plan_conversion(origin: Path | Files, options: ConvertOptions) -> Conversion
     overrides = parse_type_map(options.type_map)
     searches = options.target_bytes is not None or options.target_bpw is not None
     needs_weights = searches or not options.dry_run
-    if isinstance(origin, Path):
-        source = open_source(origin, needs_weights=needs_weights)
-    else:
-        source = open_files(origin, needs_weights=needs_weights)
-    folder = source.folder
-    config = source.read_json(CONFIG_FILE)
-    scheme = read_scheme(source, config)
-    arch = _arch(config, folder, options)
-    tensors = plan_tensors(source, arch, keep_mtp=options.keep_mtp)
-    vocabulary = _vocabulary(source, text_config(config), arch.n_vocab, options)
+    model = open_model(origin, keep_mtp=options.keep_mtp, needs_weights=needs_weights)
+    source, arch, tensors = model.source, model.arch, model.tensors
     imatrix = _read_imatrix(options.imatrix, tensors)
-    target = _target(options, tensors, vocabulary)
-    with _for_source(folder):
+    target = _target(options, model)
+    with for_source(source):
         if target is not None:
             fit = search_types(tensors, arch, target, options.pad, imatrix)
             recipe = fit.recipe
@@ -242,19 +257,20 @@ def plan_conversion(origin: Path | Files, options: ConvertOptions) -> Conversion
             fit = fit_recipe(recipe, arch, options.pad, overrides)
     if imatrix is None and not options.dry_run:
         _refuse_without_imatrix(fit, source)
-    with _for_source(folder):
-        tensors, assignments = add_factors(
-            pad_tensors(tensors, arch, fit.arch), fit.assignments, fit.arch
+    with for_source(source):
+        padded, assignments = add_factors(
+            pad_tensors(tensors, arch, fit.arch), _with_small(fit.assignments, tensors), fit.arch
         )
     return ConversionPlan(
         source=source,
         arch=fit.arch,
-        vocabulary=vocabulary,
+        vocabulary=model.vocabulary,
         recipe=recipe,
-        tensors=tuple(tensors),
+        tensors=tuple(padded),
         assignments=assignments,
-        scheme=scheme,
+        scheme=model.scheme,
         split_max_bytes=options.split_max_bytes,
+        carried=model.carried,
         out=_output_path(source, recipe, options.out),
         padding=fit.padding,
         imatrix=imatrix,
@@ -262,32 +278,15 @@ def plan_conversion(origin: Path | Files, options: ConvertOptions) -> Conversion
     )
 
 
-def _vocabulary(
-    source: SourceModel, config: dict[str, Any], n_vocab: int, options: ConvertOptions
-) -> Vocabulary | None:
-    if options.dry_run and source.files.find(TOKENIZER_FILE) is None:
-        return None
-    return read_vocabulary(source, config, n_vocab)
+def _with_small(
+    assignments: Mapping[str, Assignment], tensors: Sequence[TensorPlan]
+) -> dict[str, Assignment]:
+    """Also those tensors that a recipe does not know of: biases and factors of a GGUF."""
+    small = {t.spec.name: _SMALL for t in tensors if t.spec.name not in assignments}
+    return {**assignments, **small}
 
 
-def _arch(config: dict[str, Any], folder: PurePath, options: ConvertOptions) -> HybridArch:
-    with _for_source(folder):
-        return arch_from_config(config, str(folder / CONFIG_FILE), keep_mtp=options.keep_mtp)
-
-
-@contextmanager
-def _for_source(folder: PurePath) -> Iterator[None]:
-    """Fill in SOURCE: a recipe or a config knows what would help, but not where it came from."""
-    try:
-        yield
-    except NanorunError as error:
-        tries = [command.replace("SOURCE", shlex.quote(str(folder))) for command in error.tries]
-        raise type(error)(error.message, facts=error.facts, tries=tries) from error
-
-
-def _target(
-    options: ConvertOptions, tensors: Sequence[TensorPlan], vocabulary: Vocabulary | None
-) -> Target | None:
+def _target(options: ConvertOptions, model: OpenedModel) -> Target | None:
     """What the search is to meet, if it is asked for.
 
     Raises:
@@ -297,15 +296,17 @@ def _target(
         raise UsageError("--target-size and --target-bpw say the same in two ways: give one")
     if options.target_bytes is not None:
         # A file is its tensors, a directory of them, and metadata, which is mostly vocabulary.
-        header = _ENTRY_BYTES * len(tensors) + _KEYS_BYTES
-        if vocabulary is not None:
-            texts = (*vocabulary.tokens, *vocabulary.merges)
+        header = _ENTRY_BYTES * len(model.tensors) + _KEYS_BYTES
+        if model.vocabulary is not None:
+            texts = (*model.vocabulary.tokens, *model.vocabulary.merges)
             header += sum(len(text.encode()) + 12 for text in texts)
-            header += sum(len(text.encode()) for text in vocabulary.chat_templates.values())
+            templates = model.vocabulary.chat_templates.values()
+            header += sum(len(text.encode()) for text in templates)
+        header += sum(len(value.raw) for value in (model.carried or {}).values())
         name = f"search-{options.target_bytes / 1e9:.4g}GB"
         return Target(options.target_bytes - header, name)
     if options.target_bpw is not None:
-        n_params = sum(part.n_elements for tensor in tensors for part in tensor.parts)
+        n_params = sum(part.n_elements for tensor in model.tensors for part in tensor.parts)
         return Target(int(options.target_bpw * n_params / 8), f"search-{options.target_bpw:g}bpw")
     return None
 
@@ -330,7 +331,7 @@ def _read_imatrix(path: Path | None, tensors: Sequence[TensorPlan]) -> Imatrix |
 def _refuse_without_imatrix(fit: Fit, model: SourceModel) -> None:
     if not fit.needs_imatrix:
         return
-    source, name = shlex.quote(str(model.folder)), shlex.quote(f"{model.name}-q8_0.gguf")
+    source, name = shlex.quote(model.files.argument), shlex.quote(f"{model.name}-q8_0.gguf")
     labels = " ".join(type_.label for type_ in fit.needs_imatrix)
     raise UsageError(
         f"recipe {fit.recipe.name} needs an imatrix",

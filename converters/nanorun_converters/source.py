@@ -47,9 +47,7 @@ def open_files(files: Files, *, needs_weights: bool = True) -> SourceModel:
         index = files.find(INDEX_FILE)
         tensors = _single(files) if index is None else _indexed(files, index, needs_weights)
     except OSError as error:
-        raise ModelError(
-            f"{files.where}: {error.strerror or error}", facts=[str(error)]
-        ) from error
+        raise ModelError(f"{files.where}: {error.strerror or error}", facts=[str(error)]) from error
     stores = {tensor.store.name: tensor.store for tensor in tensors.values()}
     return SourceModel(files, tensors, tuple(stores[name] for name in sorted(stores)))
 

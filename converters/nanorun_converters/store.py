@@ -70,6 +70,10 @@ class Files(Protocol):
         """Commit on the Hub, or "" where not known."""
 
     @property
+    def argument(self) -> str:
+        """What a person types as SRC for it."""
+
+    @property
     def n_reads_ahead(self) -> int:
         """Reads worth having under way beside those that the cores work on."""
 
@@ -184,6 +188,11 @@ class LocalFiles:
 
     where: Path
     n_reads_ahead: int = 0
+
+    @property
+    def argument(self) -> str:
+        """What a person types as SRC for it."""
+        return str(self.where)
 
     @property
     def repository(self) -> str:

@@ -6,7 +6,7 @@ import sys
 
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal
-from nanorun.cli.models import context_size, display_name, find_model
+from nanorun.cli.models import context_size, display_name, find_model, state_folder
 from nanorun.errors import UsageError
 
 
@@ -14,6 +14,7 @@ def command(
     model: opt.ModelArgument = opt.DEFAULT_MODEL,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
+    state: opt.StateOption = True,
 ) -> int:
     """Chat with a model in the terminal.
 
@@ -32,7 +33,10 @@ def command(
     from nanorun.tui.app import NanorunApp
 
     path = find_model(model)
-    client = EngineClient(path, EngineOptions(n_ctx=context_size(n_ctx, path)))
+    options = EngineOptions(
+        n_ctx=context_size(n_ctx, path), n_parallel=1, state_dir=state_folder(keep=state)
+    )
+    client = EngineClient(path, options)
     app = NanorunApp(client, model_name=display_name(model), options=GenerateOptions(think=depth))
     app.run()
     return app.return_code or 0

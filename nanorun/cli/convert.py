@@ -17,11 +17,12 @@ import typer
 
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal, note, write_data, write_json
-from nanorun.errors import ModelError, UsageError
+from nanorun.errors import UsageError
 
 if TYPE_CHECKING:
     from nanorun_converters.convert import ConvertProgress, ConvertResult
     from nanorun_converters.plan import ConversionPlan
+    from nanorun_converters.store import Files
 
 _TYPES = "Types"
 _RECIPES = "q8, q6, q5, q4, q3, q2, 12g, 16g, 24g, 32g, spark, nvfp4_moe, mxfp4_moe"
@@ -29,7 +30,12 @@ _RECIPES = "q8, q6, q5, q4, q3, q2, 12g, 16g, 24g, 32g, spark, nvfp4_moe, mxfp4_
 
 def command(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="Folder of a source model, or pico.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder of a source model, a repository on the Hub (owner/name[@revision]), a GGUF"
+            " in BF16, F16 or F32, or a name such as nano or pico.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -148,7 +154,7 @@ def command(
         force=force, dry_run=dry_run, keep_mtp=not no_mtp,
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size),
     )  # fmt: skip
-    plan = plan_conversion(source_folder(source), options)
+    plan = plan_conversion(source_named(source), options)
     if dry_run:
         result = summarize(plan, started)
     else:
@@ -160,30 +166,29 @@ def command(
         write_data(_render(plan, result, dry_run))
 
 
-def source_folder(text: str) -> Path:
-    """The folder that SRC stands for.
+def source_named(text: str) -> Path | Files:
+    """What SRC stands for: a path, or the files of a repository on the Hub.
 
     Raises:
-        ModelError: If it names a model that is not on this machine.
+        ModelError: If it names a model that the Hub does not have.
+        NanorunError: If the Hub cannot be reached.
     """
     from nanorun.library import BUNDLED_MODEL, CATALOG
     from nanorun.library.local import BUNDLED_SOURCE
 
     if text == BUNDLED_MODEL:
         return BUNDLED_SOURCE
-    folder = Path(text).expanduser()
-    named = (m.repository for m in CATALOG.values() if text in (m.name, m.repository))
-    repository = next(named, None)
-    if repository is None or folder.exists():
-        return folder
-    local = repository.rpartition("/")[2]
-    raise ModelError(
-        f"{text} is not on this machine, and nanorun does not download models yet",
-        tries=[
-            f"hf download {repository} --local-dir {local}",
-            f"nanorun convert {local}",
-        ],
-    )
+    path = Path(text).expanduser()
+    if path.exists():
+        return path
+    from nanorun_converters.hub import HubFiles, parse_repository
+
+    name, at, revision = text.partition("@")
+    known = CATALOG.get(name)
+    if known is not None and known.repository is not None:
+        text = f"{known.repository}{at}{revision}"
+    repository = parse_repository(text)
+    return path if repository is None else HubFiles(*repository)
 
 
 def parse_type_map(entries: list[str] | tuple[str, ...]) -> dict[str, str]:
@@ -275,7 +280,7 @@ def _render(plan: ConversionPlan, result: ConvertResult, dry_run: bool) -> str:
 
     size = f"{format_gib(result.bytes)} ({result.bytes:,} bytes), {result.bpw:.2f} bits per weight"
     done = "would be" if dry_run else f"took {result.seconds:.1f} s,"
-    without = "" if plan.vocabulary else ", without the tokenizer, which is not there"
+    without = "" if plan.has_tokenizer else ", without the tokenizer, which is not there"
     lines = [f"{shlex.quote(result.path)} {done} {size}{without}"]
     for name, (n_from, n_to) in result.padding.items():
         lines.append(f"padded: {name} {n_from} to {n_to} (+{n_to / n_from - 1:.1%})")

@@ -69,3 +69,10 @@ def display_name(model: str) -> str:
     """What a model is called: its library name, or its file's name without `.gguf`."""
     path = Path(model)
     return path.stem if path.suffix == ".gguf" else path.name
+
+
+def state_folder(*, keep: bool) -> str | None:
+    """Where prompt states are kept, if they are."""
+    from nanorun.library.local import states_folder
+
+    return str(states_folder()) if keep else None

@@ -33,6 +33,14 @@ NCtxOption = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+StateOption = Annotated[
+    bool,
+    typer.Option(
+        "--state/--no-state",
+        help="Keep prompt state on disk, so that conversations go on after a restart.",
+        rich_help_panel=ENGINE,
+    ),
+]
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=OUTPUT),

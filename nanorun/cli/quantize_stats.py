@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nanorun.cli import options as opt
-from nanorun.cli.convert import source_folder
+from nanorun.cli.convert import source_named
 from nanorun.cli.diagnostics import StatusLine, write_data, write_json
 
 
@@ -38,7 +38,7 @@ def command(
     from nanorun_converters.plan import ConvertOptions, plan_conversion
 
     options = ConvertOptions(recipe=recipe, pad=pad, imatrix=imatrix, dry_run=True)
-    plan = plan_conversion(source_folder(source), options)
+    plan = plan_conversion(source_named(source), options)
     status = StatusLine()
     try:
         stats = role_stats(plan.tensors, plan.assignments, plan.imatrix, status.show)

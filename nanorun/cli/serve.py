@@ -12,7 +12,7 @@ import typer
 
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import StatusLine, note
-from nanorun.cli.models import context_size, display_name, find_model
+from nanorun.cli.models import context_size, display_name, find_model, state_folder
 from nanorun.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def command(
             rich_help_panel=opt.ENGINE,
         ),
     ] = 4,
+    state: opt.StateOption = True,
 ) -> None:
     """Answer over an OpenAI-style HTTP endpoint.
 
@@ -89,7 +90,11 @@ def command(
     )
     check_keys(settings)
     path = find_model(model)
-    options = EngineOptions(n_ctx=context_size(n_ctx, path), n_parallel=n_parallel)
+    options = EngineOptions(
+        n_ctx=context_size(n_ctx, path),
+        n_parallel=n_parallel,
+        state_dir=state_folder(keep=state),
+    )
     # Bound before the model is loaded: a port that is taken should not cost that wait.
     listener = bind(host, port)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="nanorun: %(message)s")

@@ -31,12 +31,21 @@ Progress = Callable[["ConvertProgress"], None]
 
 def models_folder() -> Path:
     """Where nanorun keeps the models it made; it may not exist yet."""
+    return _cache_folder() / "models"
+
+
+def states_folder() -> Path:
+    """Where conversations' prompt states outlive the process; it may not exist yet."""
+    return _cache_folder() / "states"
+
+
+def _cache_folder() -> Path:
     named = os.environ.get(CACHE_VARIABLE)
     if named:
-        return Path(named).expanduser() / "models"
+        return Path(named).expanduser()
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("nanorun")) / "models"
+    return Path(platformdirs.user_cache_dir("nanorun"))
 
 
 def resolve_model(name_or_path: str, *, progress: Progress | None = None) -> Path:

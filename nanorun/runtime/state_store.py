@@ -118,7 +118,7 @@ class StateStore:
         ).hexdigest()
         path = self._folder / (name + SUFFIX)
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people said
             write_state(path, self._fingerprint, state.tokens, payload)
         except OSError as error:
             log.warning("a prompt state of %d bytes was not saved: %s", payload.n_bytes, error)

@@ -91,6 +91,8 @@ class Reply:
                 self.thinking.append(text)
             case TextDelta(text):
                 self.answer.append(text)
+            case ToolCallDelta(call=call, problem=problem) if not call.name:
+                self.answer.append(problem or "")  # nothing a client could call
             case ToolCallDelta(call=call):
                 self.tool_calls.append(call)
             case Finished():
@@ -132,6 +134,8 @@ class Reply:
                 return self._chunk(_reasoning(text))
             case TextDelta(text):
                 return self._chunk({"content": text})
+            case ToolCallDelta(call=call, problem=problem) if not call.name:
+                return self._chunk({"content": problem or ""})
             case ToolCallDelta(index=index, call=call):
                 return self._chunk({"tool_calls": [{"index": index, **_call_object(call)}]})
             case Finished():

@@ -153,21 +153,22 @@ class Reply:
         return f"reading {count_label(n_done)} of {count_label(n_total)} tokens"
 
     def _ended_facts(self) -> str:
-        if self.finished is None:
-            return "stopped"
-        usage, timings = self.finished.usage, self.finished.timings
-        facts = []
-        if self.finished.reason == "cancelled":
-            facts.append("stopped")
-        elif self.finished.reason == "length":
-            facts.append("cut off: the context is full")
-        if usage.completion_tokens:
-            plural = "s" if usage.completion_tokens != 1 else ""
-            facts.append(f"{usage.completion_tokens:,} token{plural}")
+        facts = [self._end_fact()]
+        if self.finished is not None and (n_tokens := self.finished.usage.completion_tokens):
+            timings = self.finished.timings
+            facts.append(f"{n_tokens:,} token{'s' if n_tokens != 1 else ''}")
             facts.append(seconds_label(timings.queue_s + timings.prefill_s + timings.decode_s))
         if self.tps is not None:
             facts.append(f"{self.tps:.1f} t/s")
-        return " · ".join(facts)
+        return " · ".join(fact for fact in facts if fact)
+
+    def _end_fact(self) -> str:
+        """How it ended, if not as usual."""
+        if self.finished is not None and self.finished.reason == "length":
+            return "cut off: the context is full"
+        if self.finished is None or self.finished.reason == "cancelled":
+            return "stopped" if self.has_answer else "stopped before it answered"
+        return "" if self.has_answer else "an empty answer"
 
     def _count_delta(self) -> None:
         self._last_delta_at = self.clock()

@@ -71,26 +71,26 @@ _RECIPES = (
     Recipe(
         "12g", 1, T.Q2_0,
         _types(up=_2, down=_2, ffn=_4, shared=_8, mixer=_8, output=_6, embedding=_4),
-        pads=False, summary="Nano on a 12 GB card: 2-bit experts, 8-bit rest",
+        pads=False, summary="Nano on a 12 GB card, 128k of F16 KV: 2-bit experts",
     ),
     Recipe(
         "16g", 1, T.IQ3_XXS,
         _types(up=(T.IQ3_XXS, T.Q2_0), down=(T.IQ3_XXS, T.IQ4_NL), ffn=_4, shared=_4, mixer=_4,
                output=_5, embedding=(T.IQ4_XS, T.IQ4_NL)),
-        summary="Nano on a 16 GB card: 3-bit experts (with an imatrix), 4 bits for the rest",
+        summary="Nano on a 16 GB card, 128k of F16 KV: 3-bit experts (imatrix), 4-bit rest",
     ),
     Recipe(
         "24g", 1, T.Q4_K, _types(up=_4, down=_5_0, ffn=_5, embedding=_6, **_REST_8),
-        pads=False, summary="Nano on a 24 GB card: 4- and 5-bit experts, 8-bit rest",
+        pads=False, summary="Nano on a 24 GB card, 256k of F16 KV: 4- and 5-bit experts",
     ),
     Recipe(
         "32g", 1, T.Q5_K,
         _types(up=_5, down=(T.Q6_K, T.Q5_1), ffn=_6, embedding=_8, **_REST_8),
-        pads=False, summary="Nano on a 32 GB card: 5- and 6-bit experts, 8-bit rest",
+        pads=False, summary="Nano on a 32 GB card, 1M of F16 KV: 5- and 6-bit experts",
     ),
     Recipe(
         "spark", 1, T.Q4_K, _types(up=_4, down=_5, ffn=_6, embedding=_8, **_REST_8),
-        pads=False, summary="Super in 128 GB of unified memory: 4- and 5-bit experts, 8-bit rest",
+        pads=False, summary="Super in 128 GB of unified memory, 1M of F16 KV: 4- and 5-bit experts",
     ),
     Recipe(
         "nvfp4_moe", 1, T.NVFP4,

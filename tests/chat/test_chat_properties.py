@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from nanorun.chat.parser import ReplyParser
@@ -167,13 +167,16 @@ def test_odd_tools_and_texts_give_calls_that_can_be_passed_on(body: str, tools: 
 @settings(RELAXED, max_examples=800)
 @given(text=TEXT)
 def test_any_string_comes_through(text: str) -> None:
+    # The tags of calls inside values have a table of their own, in test_tool_calls.py.
+    assume(
+        not any(tag in text for tag in ("<parameter", "</parameter", "</function", "tool_call>"))
+    )
     assert calls(called(text), [tool(x={"type": "string"})]) == [("f", {"x": text}, None)]
 
 
 @settings(RELAXED, max_examples=800)
 @given(value=JSON)
 def test_any_json_comes_through(value: Any) -> None:
-    body = json.dumps({"name": "f", "arguments": {"x": value}})
     for ensure_ascii in (True, False):
         body = json.dumps({"name": "f", "arguments": {"x": value}}, ensure_ascii=ensure_ascii)
         assert calls(f"<tool_call>{body}</tool_call>", [tool(x={})]) == [("f", {"x": value}, None)]

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ctypes
 import random
+import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,15 +95,37 @@ def test_text_has_the_same_tokens(engine: EngineVocabulary, reference: Any, name
         assert engine.ids(CORPUS[name], special=special) == expected
 
 
+def meets_engine_gap(text: str) -> bool:
+    """Whether a combining mark stands before a symbol and a letter, as in `e\u0301's`.
+
+    llama.cpp's version of the regex (`tekken` in llama-vocab.cpp) knows no `\\p{M}`: it takes the
+    mark for a symbol and joins it to the next one, where tokenizer.json joins that to the letter.
+    In a vocabulary whose tokens hold marks it shows more often; pico's has none.
+    """
+    kinds = "".join(unicodedata.category(char)[0] for char in text)
+    return re.search("M[CPS][LM]", kinds) is not None
+
+
 def test_mixed_text_has_the_same_tokens(engine: EngineVocabulary, reference: Any) -> None:
     rng = random.Random(5)
-    atoms = [piece for text in CORPUS.values() for piece in text.split(" ")] + list(CONTROL_TOKENS)
+    words = [word for text in CORPUS.values() for word in text.split(" ")]
+    atoms = words + list(CONTROL_TOKENS)
     atoms += [" ", "  ", "\n", "\n\n", "\r\n", "\t", "'", "’s", "1", "é", "/"]
-    for _ in range(400):
+    for _ in range(800):
         text = "".join(rng.choices(atoms, k=rng.randint(1, 30)))
+        if meets_engine_gap(text):
+            continue
         for special in (True, False):
             expected = reference_ids(reference, text, special=special)
             assert engine.ids(text, special=special) == expected, repr(text)
+
+
+@pytest.mark.xfail(reason="see meets_engine_gap")
+def test_mark_before_punctuation_has_the_same_tokens(
+    engine: EngineVocabulary, reference: Any
+) -> None:
+    text = "e\u0301<tool"
+    assert engine.ids(text, special=False) == reference_ids(reference, text, special=False)
 
 
 @pytest.mark.parametrize("token", CONTROL_TOKENS)

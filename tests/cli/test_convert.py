@@ -96,7 +96,9 @@ def truncate(source: Path) -> None:
     ("args", "code", "message"),
     [
         (["nowhere"], ExitCode.MODEL, "nowhere: expected the folder of a source model"),
-        (["nano"], ExitCode.MODEL, "nano is not on this machine"),
+        (["nano"], ExitCode.FAILURE, "A3B-BF16 cannot be read from https://huggingface.co"),
+        (["nvidia/x@v1"], ExitCode.FAILURE, "HF_HUB_OFFLINE is set"),
+        (["x.gguf"], ExitCode.MODEL, "x.gguf: No such file"),
         (["source", "--recipe", "q9"], ExitCode.USAGE, "there is no recipe 'q9'"),
         (["source", "--recipe", "q4_k"], ExitCode.USAGE, "q4_k stores blocks of 256"),
         (["source", "--type-map", "expert_up"], ExitCode.USAGE, "not of the form ROLE=TYPE"),
@@ -197,9 +199,10 @@ def test_dry_run_needs_no_weights(tmp_path: Path) -> None:
     whole = json.loads(nanorun(source, "--dry-run", "--json", cwd=tmp_path).stdout)
     for path in source.glob("*.safetensors"):
         path.unlink()
-    assert json.loads(nanorun(source, "--dry-run", "--json", cwd=tmp_path).stdout)[
-        "bytes"
-    ] == whole["bytes"]
+    assert (
+        json.loads(nanorun(source, "--dry-run", "--json", cwd=tmp_path).stdout)["bytes"]
+        == whole["bytes"]
+    )
     (source / "tokenizer.json").unlink()
     said = nanorun(source, "--dry-run", cwd=tmp_path)
     assert said.returncode == ExitCode.OK

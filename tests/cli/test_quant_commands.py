@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nanorun_quant.recipes import RECIPES
 from tests.cli.conftest import Result
 from tests.source_models import write_source_model
 
@@ -131,3 +132,31 @@ def test_dry_run_on_the_shapes_of_nano_fits_small_cards(nanorun: Run, tmp_path: 
     assert card_16["padding"] == {
         "n_embd": [2688, 2816], "n_ff_exp": [1856, 2048], "n_ff_shexp": [3712, 3840],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "recipe", "profile", "n_ctx"),
+    [
+        ("nano", "12g", "rtx-3060-12g", 131072),
+        ("nano", "16g", "rtx-4060-ti-16g", 131072),
+        ("nano", "24g", "rtx-4090", 262144),
+        ("nano", "32g", "rtx-5090", 1048576),
+        ("super", "spark", "dgx-spark", 1048576),
+    ],
+)
+def test_recipes_named_for_a_device_fit_it_with_the_context_they_state(
+    nanorun: Run, model: str, recipe: str, profile: str, n_ctx: int
+) -> None:
+    hardware = Path(__file__).parents[1] / "data" / "hardware" / f"{profile}.json"
+    result = nanorun(
+        "plan", model, "--recipe", recipe, "--hardware", str(hardware), "--n-ctx", str(n_ctx),
+        "--kv", "f16", "--json",
+    )  # fmt: skip
+    plan = json.loads(result.out)
+    assert plan["fits"]
+    assert (plan["n_ctx"], plan["type_k"], plan["n_cpu_moe"]) == (n_ctx, "f16", 0)
+    assert plan["n_gpu_layers"] == -1
+    device = plan["devices"][0]
+    # What the planner keeps back for surprises is not headroom; this comes on top of it.
+    assert device["free_bytes"] - device["total_bytes"] >= 400 * 2**20
+    assert f"{n_ctx // 1024}k" in RECIPES[recipe].summary.replace("1M", "1024k")

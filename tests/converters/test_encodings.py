@@ -41,7 +41,8 @@ MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
 LINEAR = ("up_proj.weight", "down_proj.weight", "in_proj.weight", "out_proj.weight",
           "q_proj.weight", "o_proj.weight")  # fmt: skip
-NVFP4_ALL = "expert_up,expert_down,shared_up,shared_down,ssm_in,ssm_out,attn_q,attn_out".split(",")
+NVFP4_ALL = ["expert_up", "expert_down", "shared_up", "shared_down", "ssm_in", "ssm_out",
+             "attn_q", "attn_out"]  # fmt: skip
 KEPT = dict.fromkeys(NVFP4_ALL, "nvfp4")
 
 

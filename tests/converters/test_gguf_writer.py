@@ -120,7 +120,8 @@ def test_name_appears_only_when_the_file_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     with OutputFiles([path], [layout]) as writer:
         writer.write(DATA[0])
-        assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf.part", "model.gguf.part.json"]
+        names = sorted(p.name for p in tmp_path.iterdir())
+        assert names == ["model.gguf.part", "model.gguf.part.json"]
         writer.write(DATA[1])
         writer.write(DATA[2])
         assert not path.exists()

@@ -140,9 +140,7 @@ def test_stop_before_the_first_piece_leaves_nothing(
     assert not list(out.parent.iterdir())
 
 
-def test_hash_that_was_known_before_the_stop_is_not_computed_again(
-    source: Path, out: Path
-) -> None:
+def test_hash_that_was_known_before_the_stop_is_not_computed_again(source: Path, out: Path) -> None:
     stop_after(40, source, out)
     digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
     lines = [json.loads(line) for line in journal_of(out).read_text().splitlines()]
@@ -151,9 +149,7 @@ def test_hash_that_was_known_before_the_stop_is_not_computed_again(
 
 CHANGES = {
     "weights": lambda source: write_source_model(source, seed=1),
-    "config": lambda source: write_json(
-        source / "generation_config.json", {"temperature": 0.5}
-    ),
+    "config": lambda source: write_json(source / "generation_config.json", {"temperature": 0.5}),
     "template": lambda source: (source / "chat_template.jinja").write_text("{{ other }}"),
 }
 

@@ -62,10 +62,8 @@ def test_model_that_fits_is_not_split(source: Path, tmp_path: Path) -> None:
     assert "split.no" not in read_gguf(files[0]).metadata
 
 
-def test_tensor_larger_than_a_file_may_be_is_refused_by_name(
-    source: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UsageError, match=r"too small: .* alone makes a file of (\d+) bytes") as caught:
+def test_tensor_larger_than_a_file_may_be_is_refused_by_name(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"too small: .* alone makes a file of \d+") as caught:
         split(source, tmp_path / "model.gguf", 30_000)
     least = int(caught.value.message.split()[-2])
     assert split(source, tmp_path / "model.gguf", least)

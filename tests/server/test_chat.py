@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from nanorun.errors import ContextFull, EngineDied, EngineError, UsageError
-from nanorun.model.chat import Message, Notice, PrefillProgress, TextDelta, ToolCall
+from nanorun.model.chat import (
+    Finished,
+    Message,
+    Notice,
+    PrefillProgress,
+    TextDelta,
+    ToolCall,
+    ToolCallDelta,
+)
 from tests.fakes import FakeClient, reply
 from tests.server.conftest import CHAT, Endpoint, error_of
 
@@ -237,3 +245,12 @@ async def test_model_that_is_not_loaded_is_not_ready() -> None:
     response = await Endpoint(Unloaded(), ServerSettings()).request("GET", "/health")
     assert response.status_code == 503
     assert error_of(response)["code"] == "not_ready"
+
+
+async def test_call_that_cannot_be_read_comes_as_text(endpoint: Make) -> None:
+    problem = "a tool call that cannot be read: x"
+    unreadable = ToolCallDelta(0, ToolCall("call_0", "", {}), problem)
+    api = endpoint([unreadable, Finished("stop")])
+    message = (await api.chat()).json()["choices"][0]["message"]
+    assert message["content"] == problem
+    assert "tool_calls" not in message

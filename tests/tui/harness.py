@@ -12,6 +12,7 @@ from textual.pilot import Pilot
 from textual.worker import WorkerCancelled
 
 from nanorun.model.chat import GenerateOptions, ModelInfo
+from nanorun.runtime.client import Client
 from nanorun.tui.app import NanorunApp
 from nanorun.tui.screens.chat import ChatScreen
 from nanorun.tui.widgets.turn import Turn
@@ -105,14 +106,14 @@ class Chat:
 
 @asynccontextmanager
 async def chatting(
-    client: FakeClient,
+    client: Client,
     *,
     size: tuple[int, int] = (100, 30),
-    think: str | int = "medium",
+    options: GenerateOptions | None = None,
     model_name: str = "",
 ) -> AsyncIterator[Chat]:
     """The chat with a client, started and ready (or as ready as the client gets)."""
-    app = NanorunApp(client, model_name=model_name, options=GenerateOptions(think=think))
+    app = NanorunApp(client, model_name=model_name, options=options)
     notes: list[str] = []
     notify = app.notify
 

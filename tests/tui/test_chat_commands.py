@@ -7,7 +7,7 @@ import asyncio
 import pytest
 from textual.command import CommandPalette
 
-from nanorun.model.chat import Finished, PrefillProgress, TextDelta, ThinkingDelta
+from nanorun.model.chat import Finished, GenerateOptions, PrefillProgress, TextDelta, ThinkingDelta
 from nanorun.runtime.reasoning import LEVELS
 from nanorun.tui.commands import COMMANDS, Command
 from nanorun.tui.screens.chat import ChatScreen
@@ -163,7 +163,7 @@ async def test_keys_are_offered_while_they_work() -> None:
 
 async def test_dial_goes_round_its_levels() -> None:
     client = FakeClient()
-    async with chatting(client, think="medium") as chat:
+    async with chatting(client, options=GenerateOptions(think="medium")) as chat:
         seen = []
         for _ in LEVELS:
             await chat.pilot.press("ctrl+r")
@@ -176,7 +176,7 @@ async def test_dial_goes_round_its_levels() -> None:
 
 async def test_dial_leaves_a_budget_for_its_first_level() -> None:
     client = FakeClient()
-    async with chatting(client, think=1000) as chat:
+    async with chatting(client, options=GenerateOptions(think=1000)) as chat:
         await chat.ask("hi")
         assert client.last.options.think == 1000
         await chat.pilot.press("ctrl+r")
@@ -185,7 +185,7 @@ async def test_dial_leaves_a_budget_for_its_first_level() -> None:
 
 async def test_dial_holds_a_running_reply_to_the_new_level() -> None:
     client = FakeClient.playing(endless(ThinkingDelta("hm")))
-    async with chatting(client, think="medium") as chat:
+    async with chatting(client, options=GenerateOptions(think="medium")) as chat:
         await chat.send("hi")
         await chat.until(lambda: chat.state == "thinking")
         await chat.pilot.press("ctrl+r", "ctrl+r")
@@ -193,7 +193,7 @@ async def test_dial_holds_a_running_reply_to_the_new_level() -> None:
 
 
 async def test_dial_turns_by_click() -> None:
-    async with chatting(FakeClient(), think="low") as chat:
+    async with chatting(FakeClient(), options=GenerateOptions(think="low")) as chat:
         status = chat.screen.status
         column = str(status.render()).index("reasoning") + 1
         await chat.pilot.click(status, offset=(column + 1, 0))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import Any, NoReturn
 
 import pytest
 
-from nanorun.errors import ContextFull, EngineDied, MemoryPlanError, ModelError
+from nanorun.errors import ContextFull, EngineDied, MemoryPlanError, ModelError, UsageError
 from nanorun.model.chat import Finished, PrefillProgress, TextDelta, ThinkingDelta
 from nanorun.tui.widgets.notice import ErrorPanel
 from tests.fakes import FakeClient, Step, reply
@@ -112,4 +113,15 @@ async def test_reply_without_an_end_is_taken_as_it_is() -> None:
     async with chatting(FakeClient.playing([TextDelta("half")])) as chat:
         await chat.ask("hi")
         assert chat.history == [("user", "hi"), ("assistant", "half")]
+        assert chat.state == "ready"
+
+
+async def test_refused_request_is_shown() -> None:
+    class Refusing(FakeClient):
+        def generate(self, *_: Any, **__: Any) -> NoReturn:
+            raise UsageError("reasoning depth 'deep' is not known")
+
+    async with chatting(Refusing()) as chat:
+        await chat.ask("hi")
+        assert "reasoning depth 'deep' is not known" in chat.text
         assert chat.state == "ready"

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import asyncio
+
+from textual import events
+
 from tests.fakes import FakeClient
 from tests.tui.harness import chatting
 
@@ -27,6 +31,27 @@ async def test_composer_sends_nothing_when_empty() -> None:
         await chat.send(" \n ")
         assert client.requests == []
         assert chat.screen.turn is None
+
+
+async def test_composer_keeps_the_order_of_keys_that_come_at_once() -> None:
+    client = FakeClient()
+    async with chatting(client) as chat:
+        keys = [("a", "a"), ("ctrl+j", "\n"), ("b", "b"), ("enter", "\r"), ("c", "c")]
+        for key, character in keys:
+            chat.app.post_message(events.Key(key, character))
+        await chat.until(lambda: client.requests)
+        await chat.settle()
+        assert chat.history[0] == ("user", "a\nb")
+        assert chat.screen.composer.text == "c"
+
+
+async def test_composer_takes_back_what_was_sent_too_early() -> None:
+    client = FakeClient.playing([asyncio.Event()])
+    async with chatting(client) as chat:
+        for key in ("a", "enter", "b", "enter", "c"):
+            chat.app.post_message(events.Key(key, key[0]))
+        await chat.until(lambda: chat.screen.composer.text == "b\nc")
+        assert chat.history == [("user", "a")]
 
 
 async def test_composer_stays_small_beside_a_long_paste() -> None:

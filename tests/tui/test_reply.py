@@ -116,19 +116,26 @@ def test_reply_of_nothing_but_white_space_has_no_answer(reply: Reply) -> None:
 
 
 @pytest.mark.parametrize(
-    ("finished", "facts"),
+    ("answer", "end", "facts"),
     [
         (
+            "yes",
             Finished("stop", Usage(completion_tokens=1500), Timings(decode_s=2, decode_tps=750)),
             "1,500 tokens · 2.0 s · 750.0 t/s",
         ),
-        (Finished("length", Usage(completion_tokens=1), Timings(decode_s=1)),
-         "cut off: the context is full · 1 token · 1.0 s"),
-        (Finished("cancelled"), "stopped"),
+        (
+            "yes",
+            Finished("length", Usage(completion_tokens=1), Timings(decode_s=1)),
+            "cut off: the context is full · 1 token · 1.0 s",
+        ),
+        ("yes", Finished("cancelled"), "stopped"),
+        ("", Finished("cancelled"), "stopped before it answered"),
+        ("", Finished("stop"), "an empty answer"),
     ],
-)  # fmt: skip
-def test_reply_facts_say_how_it_ended(reply: Reply, finished: Finished, facts: str) -> None:
-    reply.feed(finished)
+)
+def test_reply_facts_say_how_it_ended(reply: Reply, answer: str, end: Finished, facts: str) -> None:
+    reply.feed(TextDelta(answer))
+    reply.feed(end)
     assert reply.facts() == facts
 
 

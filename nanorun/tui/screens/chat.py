@@ -22,7 +22,7 @@ from nanorun.runtime.reasoning import LEVELS, parse_think
 from nanorun.tui.commands import BINDINGS
 from nanorun.tui.messages import EngineFailed, EngineReady, ReplyEnded
 from nanorun.tui.reply import Phase, Reply
-from nanorun.tui.text import count_label, params_label, seconds_label
+from nanorun.tui.text import count_label, params_label, printable, seconds_label
 from nanorun.tui.widgets.composer import Composer
 from nanorun.tui.widgets.notice import ErrorPanel
 from nanorun.tui.widgets.status_bar import StatusBar
@@ -62,6 +62,7 @@ class ChatScreen(Screen[None]):
         self._is_stopping = False
         self._engine_is_down = False
         self._loading_since = 0.0
+        self._phase_of_keys: Phase | None = None
         self.set_reactive(ChatScreen.think, options.think)
 
     # ---- widgets ----
@@ -162,10 +163,10 @@ class ChatScreen(Screen[None]):
     @on(Composer.Submitted)
     async def _on_submitted(self, event: Composer.Submitted) -> None:
         if self.turn is not None:
+            event.composer.take_back(event.text)
             self.notify("the last question is still being answered: Escape stops it", timeout=4)
             return
-        event.composer.clear()
-        await self._ask(event.text)
+        await self._ask(event.text.strip())
 
     async def _ask(self, question: str) -> None:
         is_ready = self._info is not None
@@ -186,8 +187,9 @@ class ChatScreen(Screen[None]):
         failure: NanorunError | None = None
         turn.reply.phase = Phase.WAITING
         options = replace(self._options, think=self.think)
-        generation = self._generation = self._client.generate(tuple(self.messages), options)
+        generation: Generation | None = None
         try:
+            generation = self._generation = self._client.generate(tuple(self.messages), options)
             async for event in generation:
                 turn.feed(event)
         except NanorunError as error:
@@ -210,7 +212,10 @@ class ChatScreen(Screen[None]):
             self.status.n_used, self.status.tps = reply.n_used, reply.tps
         if reply.phase is not Phase.QUEUED:
             self._show_state(self._running_state(reply.phase), "$text-accent")
-        self.refresh_bindings()
+        if reply.phase is not self._phase_of_keys:
+            # The footer is built anew for this, so not with every fragment.
+            self._phase_of_keys = reply.phase
+            self.refresh_bindings()
 
     def _running_state(self, phase: Phase) -> str:
         if self._is_stopping:
@@ -361,7 +366,7 @@ def _model_facts(info: ModelInfo) -> str:
         f"on {info.device}",
         f"loaded in {seconds_label(info.load_s)}",
     ]
-    return " · ".join(fact for fact in facts if fact)
+    return printable(" · ".join(fact for fact in facts if fact))
 
 
 def _internal_error(error: Exception) -> NanorunError:

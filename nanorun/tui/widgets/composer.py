@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from textual.binding import Binding, BindingType
+from textual import events
 from textual.message import Message
 from textual.widgets import TextArea
+
+# Terminals without the Kitty protocol send Shift+Enter as Enter; Ctrl+J and Alt+Enter arrive from
+# all of them.
+_NEWLINE_KEYS = ("shift+enter", "ctrl+j", "alt+enter")
 
 
 class Composer(TextArea):
@@ -22,17 +25,10 @@ class Composer(TextArea):
         border: round $surface-lighten-2;
         border-subtitle-color: $text-muted;
         &:focus { border: round $primary; }
-        & .text-area--cursor-line { background: transparent; }
     }
     """
 
     ALLOW_MAXIMIZE = False
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("enter", "send", "Send", show=False, priority=True),
-        # Terminals without the Kitty protocol send Shift+Enter as Enter; Ctrl+J and Alt+Enter
-        # arrive from all of them.
-        Binding("shift+enter,ctrl+j,alt+enter", "newline", "New line", show=False, priority=True),
-    ]
 
     @dataclass
     class Submitted(Message):
@@ -56,15 +52,32 @@ class Composer(TextArea):
         )
         self.border_subtitle = "Enter sends · Shift+Enter or Ctrl+J starts a line"
 
-    def action_send(self) -> None:
-        """Offer the text to the screen, which clears it if it takes it."""
-        if self.text.strip():
-            self.post_message(self.Submitted(self, self.text.strip()))
+    async def _on_key(self, event: events.Key) -> None:
+        """Send, or start a line.
 
-    def action_newline(self) -> None:
-        """Start a new line."""
-        self.replace("\n", *self.selection)
-        self.scroll_cursor_visible()
+        Not by bindings: those run in the app's queue, so Enter would overtake letters that were
+        typed quickly or pasted, and send the text without them.
+        """
+        if event.key != "enter" and event.key not in _NEWLINE_KEYS:
+            return
+        event.stop()
+        event.prevent_default()
+        if event.key == "enter":
+            self.send()
+        else:
+            self.replace("\n", *self.selection)
+            self.scroll_cursor_visible()
+
+    def send(self) -> None:
+        """Hand the text to the screen; letters that come after it belong to the next one."""
+        if self.text.strip():
+            self.post_message(self.Submitted(self, self.text))
+            self.clear()
+
+    def take_back(self, text: str) -> None:
+        """Put a text back that was sent too early, before what was written since."""
+        self.insert(f"{text}\n" if self.text else text, (0, 0))
+        self.move_cursor(self.document.end)
 
     def give_back(self, text: str) -> None:
         """Offer a text again, selected: Enter sends it and typing replaces it.

@@ -35,6 +35,7 @@ class ThinkingHeader(Static, can_focus=True):
     }
     """
 
+    FOCUS_ON_CLICK = False
     BINDINGS: ClassVar[list[BindingType]] = [Binding("enter,space", "fold", show=False)]
 
     def action_fold(self) -> None:
