@@ -14,6 +14,7 @@ import pytest
 from nanorun.cli.convert import parse_type_map
 from nanorun.errors import ExitCode, UsageError
 from nanorun.model.gguf import read_gguf
+from tests.hub_server import REPOSITORY, serve_hub
 from tests.source_models import Tensors, write_source_model
 
 KEYS = {
@@ -192,6 +193,29 @@ def test_source_that_changed_is_started_anew_and_said(tmp_path: Path) -> None:
         "nanorun: source-q8_0.gguf.part: the source or the recipe is another than it was:"
         " starting anew\n"
     )
+
+
+def test_repository_on_the_hub_is_a_source_by_name(tmp_path: Path) -> None:
+    source = write_source_model(tmp_path / "source", n_shards=2)
+    (tmp_path / "work").mkdir()
+    with serve_hub(source) as hub:
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "nanorun", "convert", f"{REPOSITORY}@main", "--json"]
+        run = subprocess.run(
+            command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=60,
+            env={**os.environ, **environment},
+        )  # fmt: skip
+    assert run.stderr == ""
+    assert json.loads(run.stdout)["path"] == "Tiny-q8_0.gguf"
+    metadata = read_gguf(tmp_path / "work" / "Tiny-q8_0.gguf").metadata
+    assert metadata["nanorun.source.repository"] == REPOSITORY
+
+
+def test_gguf_is_a_source(source: Path, tmp_path: Path) -> None:
+    nanorun(source, "--recipe", "bf16", "--out", "a.gguf", cwd=tmp_path)
+    run = nanorun("a.gguf", "--recipe", "q4_0", "--json", cwd=tmp_path)
+    # Named after the model, which the file knows of.
+    assert json.loads(run.stdout)["path"] == "source-q4_0.gguf"
 
 
 def test_dry_run_needs_no_weights(tmp_path: Path) -> None:

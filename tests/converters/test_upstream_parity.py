@@ -1,4 +1,4 @@
-"""Every tensor of every family equals what llama.cpp's converter and quantizer make, but for faults.
+"""Every tensor of every family equals what llama.cpp's own tools make, but for their faults.
 
 Slow, and only where `NANORUN_LLAMA_CPP` names llama.cpp's sources; see docs/convert.md for the list
 of differences and why each is one.
@@ -20,8 +20,13 @@ from tests.converters.test_byte_parity import FILE_TYPES
 from tests.converters.test_encodings import KEPT, all_linear
 from tests.converters.upstream import VARIABLE, convert_with_llama, llama_cpp_folder
 from tests.converters.upstream import quantize_with_llama as quantize
-from tests.quantized_sources import FP8_CHANNEL, FP8_MODELOPT, nvfp4_compressed, nvfp4_modelopt
-from tests.quantized_sources import write_quantized_model
+from tests.quantized_sources import (
+    FP8_CHANNEL,
+    FP8_MODELOPT,
+    nvfp4_compressed,
+    nvfp4_modelopt,
+    write_quantized_model,
+)
 from tests.source_models import write_source_model
 
 ROOT = llama_cpp_folder()
@@ -137,7 +142,8 @@ def test_direct_types_equal_those_of_llama_cpp(outtype: str, name: str, tmp_path
         (nvfp4_modelopt, {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
         (nvfp4_compressed, {"quant_method": "compressed-tensors",
                             "format": "nvfp4-pack-quantized",
-                            "config_groups": {"group_0": {"weights": {}, "input_activations": {}}}}),
+                            "config_groups": {"group_0": {"weights": {},
+                                                          "input_activations": {}}}}),
     ],
     ids=["modelopt", "compressed-tensors"],
 )  # fmt: skip
