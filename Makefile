@@ -6,7 +6,7 @@ PIP    := $(BIN)/pip --disable-pip-version-check
 MODEL  ?= pico
 
 .DEFAULT_GOAL := help
-.PHONY: help setup chat demo serve test lint types imports check fmt screenshot wheel clean
+.PHONY: help setup chat demo serve test test-slow lint types imports check fmt screenshot wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +32,10 @@ serve: $(VENV)/.runtime  ## OpenAI-style endpoint on 127.0.0.1:8080
 	$(BIN)/nanorun serve $(MODEL)
 
 test: $(VENV)/.dev  ## run the tests (minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.dev  ## run the long ones too: fuzzing, kills, grids, 500 random histories
+	$(BIN)/python -m pytest -m "slow"
 
 lint: $(VENV)/.dev  ## ruff: format and rules
 	$(BIN)/ruff format --check .
