@@ -17,8 +17,6 @@ class KnownModel:
     """On the Hugging Face Hub; None for the model that nanorun brings along."""
     arch: HybridArch | None = None
     """Its shape, where the sizes are published; enough to plan without a file."""
-    is_convertible: bool = False
-    """Whether `nanorun convert` takes it."""
 
 
 # Sizes as in each repository's config.json. The context is the trained 1M, which NVIDIA's configs
@@ -93,21 +91,18 @@ _MODELS = (
         "pico",
         "Comes with nanorun: arithmetic at Nano's architecture, a few MB",
         None,
-        is_convertible=True,
     ),
     KnownModel(
         "nano",
         "Nemotron 3 Nano 30B-A3B: hybrid MoE, 3B of 30B weights active, 1M context",
         "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
         _NANO,
-        is_convertible=True,
     ),
     KnownModel(
         "nano-4b",
         "Nemotron 3 Nano 4B: dense hybrid, 1M context",
         "nvidia/NVIDIA-Nemotron-3-Nano-4B-BF16",
         _NANO_4B,
-        is_convertible=True,
     ),
     KnownModel(
         "lightning",

@@ -137,18 +137,12 @@ def _fingerprint(source: Path) -> str:
 
 
 def _not_here(known: KnownModel, repository: str) -> ModelError:
-    message = f"{known.name} is not on this machine, and nanorun does not download models yet"
-    facts = [f"{known.summary} (https://huggingface.co/{repository})"]
-    if not known.is_convertible:
-        facts.append("nanorun convert does not take it yet either; give the path of a GGUF file")
-        return ModelError(message, facts=facts)
-    folder = repository.rpartition("/")[2]
     return ModelError(
-        message,
-        facts=facts,
+        f"{known.name} is not on this machine",
+        facts=[f"{known.summary} (https://huggingface.co/{repository})"],
         tries=[
-            f"hf download {repository} --local-dir {folder}",
-            f"nanorun convert {folder} --out {known.name}.gguf",
+            f"nanorun plan {known.name}",
+            f"nanorun convert {repository} --recipe q4 --out {known.name}.gguf",
             f"nanorun chat {known.name}.gguf",
         ],
     )

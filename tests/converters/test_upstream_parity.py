@@ -103,6 +103,10 @@ def differences(theirs: Path, ours: Path) -> set[str]:
         our_type, our_rows = rows_of(found, name)
         if expected.tensors[name].shape != found.tensors[name].shape or type_ is not our_type:
             names = {*names, f"{name} {type_.label} {our_type.label}"}
+        elif name.endswith("ssm_a"):
+            # -exp(A_log) is rounded once here, and twice there: the last bit may differ.
+            if np.abs(rows.view("<i4") - our_rows.view("<i4")).max() > 1:
+                names = {*names, name}
         elif not np.array_equal(unpermuted(name, rows), our_rows):
             names = {*names, name}
     return set(names)
@@ -111,8 +115,7 @@ def differences(theirs: Path, ours: Path) -> set[str]:
 def test_f32_tensors_equal_those_of_llama_cpp(family: Path) -> None:
     convert(family / "source", ConvertOptions(out=family / "f32.gguf", recipe="f32", force=True))
     found = differences(family / "upstream.gguf", family / "f32.gguf")
-    # -exp(A_log) is rounded once here, and twice there.
-    assert {name for name in found if "ssm_a" not in name} == set()
+    assert found == set()
 
 
 @pytest.mark.parametrize("type_", TYPES, ids=lambda type_: type_.label)
@@ -121,7 +124,7 @@ def test_quantized_tensors_equal_those_of_llama_cpp(type_: GgmlType, family: Pat
     options = ConvertOptions(out=family / "ours.gguf", recipe=type_.label, pad="never", force=True)
     convert(family / "source", options)
     found = differences(theirs, family / "ours.gguf")
-    assert {name for name in found if "ssm_a" not in name} == set()
+    assert found == set()
 
 
 @pytest.mark.parametrize("outtype", ["bf16", "f16", "q8_0"])
@@ -133,7 +136,7 @@ def test_direct_types_equal_those_of_llama_cpp(outtype: str, name: str, tmp_path
     found = differences(theirs, tmp_path / "ours.gguf")
     # The router of an MTP head is cut to the type there; everywhere else it is F32.
     known = {f"blk.4.ffn_gate_inp.weight {outtype} f32"} if FAMILIES[name].get("mtp") else set()
-    assert {name for name in found if "ssm_a" not in name} == known
+    assert found == known
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_nvfp4_equals_that_of_llama_cpp(quantizer: Any, scheme: Any, tmp_path: P
     theirs = upstream(source, tmp_path / "theirs.gguf", "f32")
     convert(source, ConvertOptions(out=tmp_path / "ours.gguf", recipe="f32", type_map=KEPT))
     found = differences(theirs, tmp_path / "ours.gguf")
-    assert {name for name in found if "ssm_a" not in name} == set()
+    assert found == set()
 
 
 @pytest.mark.parametrize(
@@ -178,4 +181,4 @@ def test_fp8_equals_that_of_llama_cpp(quantizer: Any, scheme: Any, tmp_path: Pat
     theirs = upstream(source, tmp_path / "theirs.gguf", "f32")
     convert(source, ConvertOptions(out=tmp_path / "ours.gguf", recipe="f32"))
     found = differences(theirs, tmp_path / "ours.gguf")
-    assert {name for name in found if "ssm_a" not in name} == set()
+    assert found == set()

@@ -164,16 +164,9 @@ def test_model_that_is_not_here_says_how_to_get_it(name: str) -> None:
     with pytest.raises(ModelError, match="nano is not on this machine") as caught:
         resolve_model(name)
     assert caught.value.tries[1:] == (
-        "nanorun convert NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --out nano.gguf",
+        "nanorun convert nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16 --recipe q4 --out nano.gguf",
         "nanorun chat nano.gguf",
     )
-
-
-def test_model_that_cannot_be_converted_yet_offers_no_commands() -> None:
-    with pytest.raises(ModelError, match="super is not on this machine") as caught:
-        resolve_model("super")
-    assert caught.value.tries == ()
-    assert "does not take it yet" in caught.value.render()
 
 
 @pytest.mark.parametrize(

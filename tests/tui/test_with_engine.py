@@ -16,7 +16,8 @@ from tests.tui.harness import chatting
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL here")
 async def test_chat_survives_the_death_of_its_engine(pico_gguf: Path) -> None:
-    client = EngineClient(pico_gguf, EngineOptions(n_ctx=2048, n_threads=1))
+    # Pico says a thousand tokens a second: a small context would be full before anyone looks.
+    client = EngineClient(pico_gguf, EngineOptions(n_ctx=65536, n_threads=1))
     endless = GenerateOptions(think="off", ignore_eos=True)
     async with chatting(client, options=endless) as chat:
         await chat.type("What is 1 + 2?")
