@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,6 +33,9 @@ THEME = Theme(
     error="#f06a5d",
     dark=True,
 )
+
+
+_LOOK_FOR_TERMINAL_S = 2.0
 
 
 class NanorunApp(App[None]):
@@ -65,6 +69,21 @@ class NanorunApp(App[None]):
         """Dress the app."""
         self.register_theme(THEME)
         self.theme = THEME.name
+        if not self.is_headless and os.name == "posix":
+            self.set_interval(_LOOK_FOR_TERMINAL_S, self._leave_with_terminal)
+
+    def _leave_with_terminal(self) -> None:
+        """Exit when the terminal was closed.
+
+        Its hang-up signal reaches the session's leader alone, which may be `make` or a script; an
+        app that stayed would read the end of its input for ever.
+        """
+        import termios
+
+        try:
+            termios.tcgetattr(0)
+        except termios.error:
+            self.exit()
 
     def get_default_screen(self) -> Screen[None]:
         """The chat."""
