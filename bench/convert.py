@@ -48,7 +48,9 @@ OURS = """
 import sys
 from pathlib import Path
 from nanorun_converters.convert import ConvertOptions, convert
-options = ConvertOptions(out=Path(sys.argv[2]), recipe=sys.argv[3], n_threads=int(sys.argv[4]))
+options = ConvertOptions(
+    out=Path(sys.argv[2]), recipe=sys.argv[3], quantizer="ggml", n_threads=int(sys.argv[4])
+)
 convert(Path(sys.argv[1]), options)
 """
 QUANTIZE = """

@@ -1,13 +1,15 @@
 """What recipes, padding and the search are worth on pico: bytes against KL divergence.
 
     python bench/quant.py [--work FOLDER] [--part presets|search|sensitivity] [--scale 0.92]
+                          [--quantizer ggml|torch] [--fixed q4 iq4_nl ...]
 
-Reference: pico in F32. Imatrix: `nanorun.runtime.imatrix` on one half of the conversations; the KL
-divergence is of the other half, control tokens parsed, in chunks of 512, by the method of
-llama-perplexity. `llama.cpp` rows are made by its `llama_model_quantize`, with the same imatrix,
-from the unpadded F32 file, so they hold its fallbacks; `padded` rows are the same preset on padded
-shapes; `searched` rows have the size of the recipe or of llama.cpp's file above, times `--scale`.
-`sensitivity` encodes one tensor at a time and compares its KL divergence with the prediction.
+Reference: pico in F32. Imatrix: `nanorun.runtime.imatrix` on one half of the conversations, with
+sensitivities measured on 8 chunks of it; the KL divergence is of the other half, control tokens
+parsed, in chunks of 512, by the method of llama-perplexity. `llama.cpp` rows are made by its
+`llama_model_quantize`, with the same imatrix, from the unpadded F32 file, so they hold its
+fallbacks; `padded` rows are the same preset on padded shapes; `searched` rows have the size of the
+recipe or of llama.cpp's file above, times `--scale`, and are encoded by `--quantizer`, others by
+ggml. `sensitivity` encodes one tensor at a time and compares its KL divergence with the prediction.
 """
 
 from __future__ import annotations
@@ -31,17 +33,19 @@ from nanorun.runtime.divergence import measure  # noqa: E402
 from nanorun.runtime.imatrix import collect_imatrix  # noqa: E402
 from nanorun.runtime.library import load_llama  # noqa: E402
 from nanorun.runtime.options import EngineOptions  # noqa: E402
+from nanorun.runtime.score import Source  # noqa: E402
+from nanorun.runtime.sensitivity import measure_sensitivity  # noqa: E402
 from nanorun_converters.allocate import Measure  # noqa: E402
 from nanorun_converters.convert import ConvertOptions, convert, write_plan  # noqa: E402
 from nanorun_converters.importance import importance  # noqa: E402
 from nanorun_converters.plan import plan_conversion  # noqa: E402
-from nanorun_quant.ggml import load_ggml  # noqa: E402
 from nanorun_quant.imatrix import Imatrix, read_imatrix  # noqa: E402
 from nanorun_quant.recipe import Assignment  # noqa: E402
 
 SOURCE = ROOT / "nanorun" / "data" / "pico"
 # llama_ftype of llama.h.
 PRESETS = {"Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10}
+N_SENSITIVITY = 8
 FIXED = ("q8", "q6", "q5", "q4", "q3", "q2", "12g", "24g", "mxfp4_moe", "q4_0", "iq4_nl")
 
 
@@ -54,11 +58,11 @@ class Entry:
     padding: str = ""
 
 
-def conversations(seed: int, n: int) -> str:
+def conversations(source: Path, seed: int, n: int) -> str:
     """Pico's own kind of text, as its template renders it."""
     from pico_tasks import draw
 
-    template = ChatTemplate((SOURCE / "chat_template.jinja").read_text(), name="pico")
+    template = ChatTemplate((source / "chat_template.jinja").read_text(), name="pico")
     rng = random.Random(seed)
     texts = []
     for _ in range(n):
@@ -96,7 +100,7 @@ def quantize_with_llama(source: Path, out: Path, ftype: int, imatrix: Imatrix) -
     assert status == 0, f"llama_model_quantize failed with {status}"
 
 
-def presets(work: Path, imatrix: Path, scale: float) -> Iterator[Entry]:
+def presets(work: Path, imatrix: Path, args: argparse.Namespace) -> Iterator[Entry]:
     """Each preset as llama.cpp makes it, without fallbacks, and a search at the first's size."""
     for name, ftype in PRESETS.items():
         theirs = work / f"{name}-llama.cpp.gguf"
@@ -104,26 +108,30 @@ def presets(work: Path, imatrix: Path, scale: float) -> Iterator[Entry]:
         yield Entry(f"{name} llama.cpp", theirs)
         padded = work / f"{name}-padded.gguf"
         result = convert(
-            SOURCE, ConvertOptions(out=padded, recipe=name, imatrix=imatrix, force=True)
+            SOURCE,
+            ConvertOptions(out=padded, recipe=name, imatrix=imatrix, quantizer="ggml", force=True),
         )
         sizes = " ".join(f"{k} {a}->{b}" for k, (a, b) in result.padding.items())
         yield Entry(f"{name} padded", padded, sizes)
-        yield searched(work, name, int(scale * theirs.stat().st_size), imatrix)
+        yield searched(work, name, theirs, imatrix, args)
 
 
-def recipes(work: Path, imatrix: Path, scale: float) -> Iterator[Entry]:
+def recipes(work: Path, imatrix: Path, args: argparse.Namespace) -> Iterator[Entry]:
     """Each fixed recipe, and the search at its size."""
-    for name in FIXED:
+    for name in args.fixed:
         out = work / f"{name}.gguf"
-        convert(SOURCE, ConvertOptions(out=out, recipe=name, imatrix=imatrix, force=True))
+        options = ConvertOptions(
+            out=out, recipe=name, imatrix=imatrix, quantizer="ggml", force=True
+        )
+        convert(SOURCE, options)
         yield Entry(name, out)
-        yield searched(work, name, int(scale * out.stat().st_size), imatrix)
+        yield searched(work, name, out, imatrix, args)
 
 
 def sensitivity(work: Path, imatrix: Path, text: str, options: EngineOptions) -> None:
     """Print, for each tensor alone as Q4_0 and as Q2_0, what was predicted and what came."""
     plan = plan_conversion(SOURCE, ConvertOptions(recipe="f32", imatrix=imatrix))
-    measured = Measure(load_ggml(), plan.imatrix)
+    measured = Measure(plan.quantizer.open(), plan.imatrix)
     factors = importance(plan.arch, measured.powers(plan.tensors))
     rows, paths = [], []
     for type_ in (GgmlType.Q4_0, GgmlType.Q2_0):
@@ -152,12 +160,13 @@ def sensitivity(work: Path, imatrix: Path, text: str, options: EngineOptions) ->
         print(f"{label}: {near} of {len(some)} within a factor of 4")
 
 
-def searched(work: Path, name: str, n_bytes: int, imatrix: Path) -> Entry:
-    """The searched file of a size."""
+def searched(work: Path, name: str, like: Path, imatrix: Path, args: argparse.Namespace) -> Entry:
+    """The searched file of another one's size, times `--scale`."""
     out = work / f"{name}-searched.gguf"
     options = ConvertOptions(
-        out=out, target_bytes=n_bytes, imatrix=imatrix, pad="never", force=True
-    )
+        out=out, target_bytes=int(args.scale * like.stat().st_size), imatrix=imatrix, pad="never",
+        quantizer=args.quantizer, force=True,
+    )  # fmt: skip
     convert(SOURCE, options)
     return Entry("  searched", out)
 
@@ -169,22 +178,25 @@ def main() -> None:
     parser.add_argument("--conversations", type=int, default=150)
     parser.add_argument("--part", choices=("presets", "search", "sensitivity"), default="search")
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--quantizer", choices=("ggml", "torch"), default="ggml")
+    parser.add_argument("--fixed", nargs="+", default=FIXED)
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
     reference, imatrix = args.work / "f32.gguf", args.work / "imatrix.gguf"
     convert(SOURCE, ConvertOptions(out=reference, recipe="f32", force=True))
     imatrix.unlink(missing_ok=True)
     options = EngineOptions(n_threads=1)
-    text = conversations(1, args.conversations)
+    text = conversations(SOURCE, 1, args.conversations)
     collect_imatrix(reference, text, "pico", imatrix, 512, options, special=True)
+    measure_sensitivity(reference, Source(text, 512, special=True), imatrix, N_SENSITIVITY, options)
     if args.part == "sensitivity":
-        sensitivity(args.work, imatrix, conversations(2, args.conversations), options)
+        sensitivity(args.work, imatrix, conversations(SOURCE, 2, args.conversations), options)
         return
     make = presets if args.part == "presets" else recipes
-    entries = list(make(args.work, imatrix, args.scale))
+    entries = list(make(args.work, imatrix, args))
     paths = [entry.path for entry in entries]
     results = measure(
-        reference, paths, conversations(2, args.conversations), 512, options, special=True
+        reference, paths, conversations(SOURCE, 2, args.conversations), 512, options, special=True
     )
     print("| file | bytes | bpw | KLD mean | KLD p99 | same top | padding |")
     print("|---|---|---|---|---|---|---|")

@@ -6,6 +6,7 @@
     ├── MemoryPlanError          4  no plan fits the memory there is
     ├── EngineError              1  the engine refused, failed or died
     │   ├── EngineDied
+    │   │   └── EngineOutOfMemory
     │   └── ContextFull
     └── LibraryError             1  an optional part or a native library is missing
 
@@ -79,6 +80,10 @@ class EngineError(NanorunError, RuntimeError):
 
 class EngineDied(EngineError):
     """The engine's process ended while something waited for it."""
+
+
+class EngineOutOfMemory(EngineDied):
+    """The engine's process ended because memory ran out."""
 
 
 class ContextFull(EngineError):

@@ -5,23 +5,28 @@
 
 It loads, decodes and takes as much memory and time as the real model, and says nothing sensible.
 With --sparse the weights are zeros that take no disk: every token then goes to the same experts.
+Its tokenizer is pico's, filled up with made-up words to the model's vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
+from itertools import count, islice, product
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanorun.errors import NanorunError
-from nanorun.library import CATALOG
+from nanorun.library import BUNDLED_MODELS, CATALOG
 from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
 from nanorun_converters.gguf_writer import Layout, TensorSlot, padded_bytes
 from nanorun_converters.shape_file import lay_out_shape, write_shape
+from nanorun_converters.source import open_source
+from nanorun_converters.tokenizer import TokenType, Vocabulary, read_vocabulary
 from nanorun_quant.fit import fit_recipe
 from nanorun_quant.ggml import load_ggml
 from nanorun_quant.recipe import recipe_by_name
@@ -37,14 +42,16 @@ def main() -> int:
     parser.add_argument("model", choices=[m.name for m in CATALOG.values() if m.arch])
     parser.add_argument("--recipe", default="q4_0", help="recipe or ggml type")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="only the first N layers, and the MTP head")
     parser.add_argument("--sparse", action="store_true", help="zeros that take no disk")
     args = parser.parse_args()
     try:
-        arch, types = _types(args.model, args.recipe)
+        arch, types = _types(args.model, args.recipe, args.layers)
+        vocabulary = _vocabulary(arch.n_vocab)
         if args.sparse:
-            layout = write_shape(args.out, arch, types)
+            layout = write_shape(args.out, arch, types, vocabulary)
         else:
-            layout = lay_out_shape(arch, types)
+            layout = lay_out_shape(arch, types, vocabulary)
             _write(args.out, layout)
     except NanorunError as error:
         print(f"make_shape: error: {error.render()}", file=sys.stderr)
@@ -53,11 +60,26 @@ def main() -> int:
     return 0
 
 
-def _types(model: str, recipe: str) -> tuple[HybridArch, dict[str, GgmlType]]:
+def _types(model: str, recipe: str, n_layers: int | None) -> tuple[HybridArch, dict[str, GgmlType]]:
     arch = CATALOG[model].arch
     assert arch is not None
+    if n_layers is not None:
+        arch = replace(arch, layers=arch.layers[:n_layers])
     fit = fit_recipe(recipe_by_name(recipe), arch)
     return fit.arch, {name: given.type for name, given in fit.assignments.items()}
+
+
+def _vocabulary(n_vocab: int) -> Vocabulary:
+    """The vocabulary of pico, and words of three syllables or more that nothing is split into."""
+    source = open_source(BUNDLED_MODELS["pico"].where)
+    config = source.read_json("config.json")
+    vocabulary = read_vocabulary(source, config, config["vocab_size"])
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    invented = ("".join(word) for n in count(3) for word in product(syllables, repeat=n))
+    words = islice(invented, n_vocab - len(vocabulary.tokens))
+    tokens = (*vocabulary.tokens, *("\u0120" + word for word in words))
+    types = (*vocabulary.types, *[TokenType.NORMAL] * (n_vocab - len(vocabulary.types)))
+    return replace(vocabulary, tokens=tokens, types=types)
 
 
 def _write(path: Path, layout: Layout) -> None:

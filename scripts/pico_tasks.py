@@ -158,8 +158,10 @@ def subtraction(rng: random.Random, think: bool) -> list[Message]:
     return _turn(question, subtraction_scratchpad(a, b), str(a - b), think)
 
 
-def recall(rng: random.Random, think: bool, max_keys: int = 24) -> list[Message]:
-    """Keys to remember, plain or among filler sentences, and a question about one of them."""
+def recall(
+    rng: random.Random, think: bool, max_keys: int = 24, max_questions: int = 1
+) -> list[Message]:
+    """Keys to remember, plain or among filler sentences, and questions about some of them."""
     names = rng.sample(WORDS, rng.randint(2, max_keys))
     keys = {name: rng.randint(1000, 9999) for name in names}
     if rng.random() < 0.5:
@@ -170,13 +172,28 @@ def recall(rng: random.Random, think: bool, max_keys: int = 24) -> list[Message]
         rng.shuffle(sentences)
         notes = " ".join(sentences)
         names = names[:12]
-    name = rng.choice(names)
-    question = f"What is the key of {name}?"
-    turn = _turn(question, f"{name}={keys[name]}", str(keys[name]), think)
+    asked = [rng.choice(names)]
+    if max_questions > 1:
+        asked += rng.choices(names, k=rng.randint(0, max_questions - 1))
+    turns: list[Message] = []
+    for name in asked:
+        turns += _turn(
+            f"What is the key of {name}?", f"{name}={keys[name]}", str(keys[name]), think
+        )
     if rng.random() < 0.35:
-        return _turn(notes, "keys to remember", "OK.", think) + turn
-    turn[0]["content"] = f"{notes} {question}"
-    return turn
+        return _turn(notes, "keys to remember", "OK.", think) + turns
+    turns[0]["content"] = f"{notes} {turns[0]['content']}"
+    return turns
+
+
+def repeat(rng: random.Random, think: bool) -> list[Message]:
+    """Words and numbers to say again: the plainest copying."""
+    words = [
+        rng.choice(WORDS) if rng.random() < 0.5 else str(_number(rng))
+        for _ in range(rng.randint(1, 8))
+    ]
+    text = " ".join(words)
+    return _turn(f"Repeat: {text}", "repeat it", text, think)
 
 
 def small_talk(rng: random.Random, think: bool) -> list[Message]:
@@ -196,8 +213,17 @@ def json_reply(rng: random.Random, think: bool) -> list[Message]:
     return _turn(question, "JSON with name and age", f'{{"name": "{name}", "age": {age}}}', think)
 
 
-def tool_use(rng: random.Random, think: bool) -> Conversation:
-    """A question that needs a tool: the call, the tool's reply, the answer."""
+def tool_use(rng: random.Random, think: bool, max_turns: int = 1) -> Conversation:
+    """Questions that need one tool: the call, the tool's reply, the answer."""
+    conversation = _tool_turn(rng, think)
+    for _ in range(rng.randint(0, max_turns - 1) if max_turns > 1 else 0):
+        more = _tool_turn(rng, think)
+        if all(tool in conversation.tools for tool in more.tools):
+            conversation.messages += more.messages
+    return conversation
+
+
+def _tool_turn(rng: random.Random, think: bool) -> Conversation:
     if rng.random() < 0.75:
         a, b, op = _number(rng), _number(rng), rng.choice("**/")
         question = rng.choice(
@@ -239,19 +265,32 @@ def tool_use(rng: random.Random, think: bool) -> Conversation:
 class Mix:
     """How often each task is drawn."""
 
-    weights: tuple[int, int, int, int, int]
-    """Addition, subtraction, recall, small talk, JSON."""
+    weights: tuple[int, int, int, int, int, int]
+    """Addition, subtraction, recall, small talk, JSON, repeating."""
     tool_rows: float
     """Share of the training rows that begin with a tool conversation."""
     max_keys: int
     """Most keys in one recall question."""
     think: float = 0.6
     """Share of conversations with thinking."""
+    max_questions: int = 1
+    """Most questions about the keys of one recall conversation."""
+    tool_turns: int = 1
+    """Most questions in one tool conversation."""
 
 
-BROAD = Mix(weights=(58, 13, 14, 11, 4), tool_rows=0.16, max_keys=24)
-ARITHMETIC = Mix(weights=(74, 12, 7, 5, 2), tool_rows=0.08, max_keys=12, think=0.7)
-BALANCED = Mix(weights=(60, 12, 14, 10, 4), tool_rows=0.14, max_keys=20, think=0.65)
+BROAD = Mix(weights=(58, 13, 14, 11, 4, 0), tool_rows=0.16, max_keys=24)
+ARITHMETIC = Mix(weights=(74, 12, 7, 5, 2, 0), tool_rows=0.08, max_keys=12, think=0.7)
+BALANCED = Mix(weights=(60, 12, 14, 10, 4, 0), tool_rows=0.14, max_keys=20, think=0.65)
+# Copying is learned when much of the loss lies on it: few keys, many questions, little thinking.
+COPYING = Mix(
+    weights=(20, 5, 35, 4, 18, 18), tool_rows=0.5, max_keys=6, think=0.25,
+    max_questions=5, tool_turns=3,
+)  # fmt: skip
+EVERYTHING = Mix(
+    weights=(46, 12, 24, 8, 8, 2), tool_rows=0.3, max_keys=24, think=0.6,
+    max_questions=3, tool_turns=2,
+)  # fmt: skip
 
 
 def draw(rng: random.Random, mix: Mix = BROAD) -> Conversation:
@@ -261,8 +300,11 @@ def draw(rng: random.Random, mix: Mix = BROAD) -> Conversation:
     if rng.random() < 0.15:
         messages.append({"role": "system", "content": rng.choice(SYSTEMS)})
     n_turns = rng.choices([1, 2, 3], weights=[6, 2, 1])[0]
-    tasks = [addition, subtraction, recall, small_talk, json_reply]
+    tasks = [addition, subtraction, recall, small_talk, json_reply, repeat]
     for _ in range(n_turns):
         task = rng.choices(tasks, weights=mix.weights)[0]
-        messages += recall(rng, think, mix.max_keys) if task is recall else task(rng, think)
+        if task is recall:
+            messages += recall(rng, think, mix.max_keys, mix.max_questions)
+        else:
+            messages += task(rng, think)
     return Conversation(messages, enable_thinking=think)

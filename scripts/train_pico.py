@@ -27,6 +27,8 @@ from pico_tasks import (
     ARITHMETIC,
     BALANCED,
     BROAD,
+    COPYING,
+    EVERYTHING,
     Conversation,
     Mix,
     addition_pair,
@@ -160,7 +162,10 @@ def row(
     ids: list[int] = []
     said: list[bool] = []
     begins_with_tool = rng.random() < mix.tool_rows
-    conversation = tool_use(rng, rng.random() < mix.think) if begins_with_tool else draw(rng, mix)
+    if begins_with_tool:
+        conversation = tool_use(rng, rng.random() < mix.think, mix.tool_turns)
+    else:
+        conversation = draw(rng, mix)
     while len(ids) <= ROW_TOKENS:
         more_ids, more_said = encode(tokenizer, renderer, conversation)
         ids += more_ids
@@ -204,6 +209,8 @@ PHASES = (
     Phase(0, 1200, BROAD, 0.0, 0.5),
     Phase(1200, 600, ARITHMETIC, 0.5, 0.625),
     Phase(1800, 600, BALANCED, 0.625, 0.875),
+    Phase(2400, 800, COPYING, 0.35, 0.6),
+    Phase(3200, 600, EVERYTHING, 0.55, 1.0),
 )
 
 
@@ -219,12 +226,12 @@ def build_model() -> NemotronHForCausalLM:
 class RouterBalance:
     """Counts the experts chosen in each MoE layer and nudges the biases to even them out."""
 
-    def __init__(self, model: NemotronHForCausalLM, speed: float = 1e-3) -> None:
+    def __init__(self, model: torch.nn.Module, speed: float = 1e-3) -> None:
         self.speed = speed
         self.counts: dict[torch.nn.Module, torch.Tensor] = {}
-        for layer in model.model.layers:
-            if hasattr(layer.mixer, "gate"):
-                layer.mixer.gate.register_forward_hook(self._count)
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):
+                module.register_forward_hook(self._count)
 
     def _count(
         self, gate: torch.nn.Module, _inputs: object, output: tuple[torch.Tensor, ...]
@@ -284,20 +291,24 @@ def addition_accuracy(
     return sum(answer == str(a + b) for answer, (a, b) in zip(answers, pairs, strict=True)) / n
 
 
-def save(model: NemotronHForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the source model as NVIDIA publishes Nano: BF16 safetensors, `backbone.` names."""
+def published_tensors(module: torch.nn.Module, ours: str, theirs: str) -> dict[str, torch.Tensor]:
+    """A module's tensors as NVIDIA publishes them: BF16, one entry an expert, another prefix."""
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("model.", "backbone.", 1) if name.startswith("model.") else name
-        if (
-            ".mixer.experts." in name
-        ):  # stacked in transformers, one file entry an expert on the Hub
+    for name, tensor in module.state_dict().items():
+        name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+        if ".mixer.experts." in name:  # stacked in transformers
             prefix, kind = name.split(".experts.")
             for i, expert in enumerate(tensor):
                 key = f"{prefix}.experts.{i}.{kind}.weight"
                 tensors[key] = expert.to(torch.bfloat16).contiguous()
         else:
             tensors[name] = tensor.to(torch.bfloat16).contiguous()
+    return tensors
+
+
+def save(model: NemotronHForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
+    """Write the source model as NVIDIA publishes Nano: BF16 safetensors, `backbone.` names."""
+    tensors = published_tensors(model, "model.", "backbone.")
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = {
         "architectures": ["NemotronHForCausalLM"],
@@ -343,7 +354,7 @@ def save(model: NemotronHForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
 
 
 def train_phase(run: Run, phase: Phase, first: int) -> None:
-    """Train from step `first` to the end of a phase, saving every 300 steps."""
+    """Train from step `first` to the end of a phase, saving every 300 steps and at the end."""
     data = batches(run.tokenizer, run.renderer, random.Random(run.seed + 1 + first), phase.mix)
     started, losses = time.monotonic(), []
     last = phase.first + phase.n_steps
@@ -355,7 +366,7 @@ def train_phase(run: Run, phase: Phase, first: int) -> None:
             mean, seconds = sum(losses) / len(losses), time.monotonic() - started
             print(f"step {step + 1} loss {mean:.4f} {seconds:.0f} s", flush=True)
             losses = []
-        if (step + 1) % 300 == 0:
+        if (step + 1) % 300 == 0 or step + 1 == last:
             run.report_and_save(step + 1, n_problems=200 if step + 1 == last else 24)
 
 

@@ -77,3 +77,18 @@ def dense_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "dense.gguf"
     convert(source, ConvertOptions(out=path, recipe="f32"))
     return path
+
+
+@pytest.fixture(scope="session")
+def mtp_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random MoE hybrid with an MTP head, as Lightning's, in F32."""
+    from nanorun_converters.convert import ConvertOptions, convert
+    from tests.source_models import write_source_model
+
+    folder = tmp_path_factory.mktemp("mtp")
+    source = write_source_model(
+        folder / "source", pattern="ME*EM*E", dtype="F32", vocab_size=1024, mtp=True
+    )
+    path = folder / "mtp.gguf"
+    convert(source, ConvertOptions(out=path, recipe="f32"))
+    return path

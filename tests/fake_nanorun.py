@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from nanorun.cli import main
 from nanorun.model.chat import PrefillProgress, ThinkingDelta
-from tests.fakes import FakeClient, FakeGeneration, reply
+from tests.fakes import FakeClient, FakeGeneration, fake_shape, reply
 
 
 class StubbornGeneration(FakeGeneration):
@@ -50,7 +50,7 @@ CASES: dict[str, Callable[[], FakeClient]] = {
 
 def run(case: str, args: list[str]) -> None:
     """Replace what would start an engine, then be the `nanorun` command."""
-    import nanorun.cli.models
+    import nanorun.cli.planning
     import nanorun.library
     import nanorun.runtime.client
 
@@ -58,9 +58,11 @@ def run(case: str, args: list[str]) -> None:
         return Path(f"/models/{name_or_path}.gguf")
 
     client = CASES[case]()
-    nanorun.runtime.client.EngineClient = lambda *_args: client  # type: ignore[misc,assignment]
+    nanorun.runtime.client.EngineClient = (  # type: ignore[misc,assignment]
+        lambda *_args, **_options: client
+    )
     nanorun.library.resolve_model = resolve
-    nanorun.cli.models.trained_n_ctx = lambda path: 1_048_576
+    nanorun.cli.planning.shape_of_file = fake_shape
     main(args)
 
 

@@ -6,7 +6,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from nanorun.model.chat import (
@@ -24,6 +25,8 @@ from nanorun.model.chat import (
     ToolCallDelta,
     Usage,
 )
+from nanorun.plan.shape import ModelShape, shape_of_recipe
+from tests.model.known_archs import TINY_MOE
 
 Step: TypeAlias = Event | float | asyncio.Event | Exception
 """An event to send, seconds to wait, a gate to wait for, or a failure to raise."""
@@ -43,6 +46,11 @@ MODEL_INFO = ModelInfo(
     load_s=0.1,
     device="CPU",
 )
+
+
+def fake_shape(name: str, path: Path) -> ModelShape:
+    """Instead of `nanorun.cli.shapes.shape_of_file`: every file is a small model."""
+    return shape_of_recipe(name, replace(TINY_MOE, n_ctx_train=1_048_576), "q8_0")
 
 
 def reply(
@@ -183,6 +191,10 @@ class FakeClient:
     @property
     def info(self) -> ModelInfo:
         return self.model_info
+
+    @property
+    def pid(self) -> None:
+        return None
 
     @property
     def last(self) -> FakeRequest:

@@ -132,17 +132,18 @@ class Handler(BaseHTTPRequestHandler):
     def from_repository(self, path: str) -> None:
         name = path.rsplit("/", 1)[-1]
         content = self.hub.content(name)
-        if content is None or path != f"/{REPOSITORY}/resolve/{COMMIT}/{name}":
+        places = [f"/{REPOSITORY}/resolve/{revision}/{name}" for revision in ("main", COMMIT)]
+        if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            self.answer(401, b"", {"X-Error-Code": "GatedRepo"})
+        elif content is None or path not in places:
             self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-            return
-        headers = {"X-Repo-Commit": COMMIT}
-        if name.endswith(self.hub.lfs):
+        elif name.endswith(self.hub.lfs):
             digest = hashlib.sha256(content).hexdigest()
-            headers |= {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+            headers = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
             headers["Location"] = f"{self.hub.storage}/{name}?signature=1"
-            self.answer(302, b"", headers)
+            self.answer(302, b"", headers | {"X-Repo-Commit": COMMIT})
         else:
-            self.ranged(content, headers)
+            self.ranged(content, {"X-Repo-Commit": COMMIT})
 
     def from_storage(self, path: str) -> None:
         if "Authorization" in self.headers:

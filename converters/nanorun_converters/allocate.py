@@ -2,8 +2,8 @@
 
 The cost of a type is the noise it adds to its product's output, relative to the output itself,
 under the imatrix: that of a sample of rows, experts counted by how often they are chosen. How much
-that noise matters depends on where the tensor stands (`importance`). Types are then chosen by
-`nanorun_quant.search`.
+that noise matters depends on where the tensor stands (`importance`), and is known better where it
+was measured (`nanorun imatrix --sensitivity`). Types are then chosen by `nanorun_quant.search`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from nanorun.model.footprint import tensor_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role, expected_tensors
 from nanorun.model.units import format_gib
-from nanorun_converters.importance import importance
+from nanorun_converters.importance import importance, with_measured
 from nanorun_converters.padding import pad_tensors
 from nanorun_converters.tensors import Piece, TensorPlan
-from nanorun_quant.encode import squared_error
+from nanorun_quant.encode import Encoder
 from nanorun_quant.fit import Fit
-from nanorun_quant.ggml import NEED_IMATRIX, Ggml, load_ggml
+from nanorun_quant.ggml import NEED_IMATRIX, UnquantizableError
 from nanorun_quant.imatrix import Imatrix
 from nanorun_quant.padding import Padding, pad_arch, paddings
 from nanorun_quant.recipe import Assignment, Recipe
@@ -35,12 +35,18 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SEARCHED = (
-    GgmlType.Q8_0, GgmlType.Q6_K, GgmlType.Q5_1, GgmlType.Q5_K, GgmlType.Q5_0, GgmlType.Q4_K,
-    GgmlType.Q4_0, GgmlType.IQ4_NL, GgmlType.IQ4_XS, GgmlType.MXFP4, GgmlType.IQ3_S, GgmlType.Q3_K,
-    GgmlType.IQ3_XXS, GgmlType.Q2_K, GgmlType.IQ2_S, GgmlType.Q2_0, GgmlType.IQ2_XXS,
+    GgmlType.F16, GgmlType.Q8_0, GgmlType.Q6_K, GgmlType.Q5_1, GgmlType.Q5_K, GgmlType.Q5_0,
+    GgmlType.Q4_K, GgmlType.Q4_0, GgmlType.IQ4_NL, GgmlType.IQ4_XS, GgmlType.MXFP4,
+    GgmlType.IQ3_S, GgmlType.Q3_K, GgmlType.IQ3_XXS, GgmlType.Q2_K, GgmlType.IQ2_S, GgmlType.Q2_0,
+    GgmlType.IQ2_XXS,
 )  # fmt: skip
 """Types the search chooses from; a role's floor leaves out those below it."""
 
+_INPUT_NOISE = 5e-5
+"""Noise against signal, as powers, that the engine adds to the inputs of a quantized matrix when it
+rounds them to 8 bits in blocks of 32: `peak² / (12 · 127²)`, with squared peaks of 4.4 (normal
+inputs) to 13 (squared ReLU) times the mean. It only matters against F16, whose inputs stay whole.
+"""
 N_SAMPLED = 2**18
 """Elements of a tensor that are encoded to see what a type costs it."""
 N_RUNS = 8
@@ -71,6 +77,7 @@ def search_types(
     target: Target,
     pad: str,
     imatrix: Imatrix | None,
+    encoder: Encoder,
     progress: Callable[[AllocateProgress], None] | None = None,
 ) -> Fit:
     """The padding and the types of least error within the target.
@@ -78,8 +85,9 @@ def search_types(
     Raises:
         UsageError: If even the smallest types do not fit.
     """
-    measure = Measure(load_ggml(), imatrix)
-    factors = importance(arch, measure.powers(tensors))
+    measure = Measure(encoder, imatrix)
+    measured = imatrix.sensitivity if imatrix else {}
+    factors = with_measured(importance(arch, measure.powers(tensors)), measured)
     best: tuple[float, Fit] | None = None
     smallest = 0
     for padding in paddings(arch, pad):
@@ -135,8 +143,8 @@ def _fit(
 class Measure:
     """Encodes samples of tensors, and remembers what came of it."""
 
-    def __init__(self, ggml: Ggml, imatrix: Imatrix | None) -> None:
-        self._ggml = ggml
+    def __init__(self, encoder: Encoder, imatrix: Imatrix | None) -> None:
+        self._encoder = encoder
         self._imatrix = imatrix
         self._known: dict[tuple[str, GgmlType, int], float] = {}
         self._last: tuple[tuple[str, int], list[_Sample]] | None = None
@@ -151,9 +159,15 @@ class Measure:
         needs_imatrix = self._imatrix is None and spec.name.startswith("blk.")
         for type_ in SEARCHED:
             fits = spec.n_per_row % type_.block_size == 0 and spec.allows(type_)
-            if fits and not (needs_imatrix and type_ in NEED_IMATRIX):
-                error = factor * self.relative_error(plan, type_)
-                yield Candidate(type_, tensor_bytes(spec, type_), error)
+            if not fits or (needs_imatrix and type_ in NEED_IMATRIX):
+                continue
+            try:
+                noise = self.relative_error(plan, type_)
+            except UnquantizableError:
+                continue
+            if type_.is_quantized and spec.role is not Role.EMBEDDING:
+                noise += _INPUT_NOISE
+            yield Candidate(type_, tensor_bytes(spec, type_), factor * noise)
 
     def relative_error(self, plan: TensorPlan, type_: GgmlType) -> float:
         """Power of the noise that a type adds to the output, against the output."""
@@ -161,7 +175,7 @@ class Measure:
         if key not in self._known:
             samples = self._samples_of(plan)
             noise = sum(
-                s.share * squared_error(self._ggml, s.rows, type_, s.weights) for s in samples
+                s.share * self._encoder.squared_error(s.rows, type_, s.weights) for s in samples
             )
             signal = self._power(plan)
             self._known[key] = noise / signal if signal else 0.0
@@ -191,13 +205,14 @@ class _Sample:
 def _samples(plan: TensorPlan, imatrix: Imatrix | None) -> Iterator[_Sample]:
     """Runs of rows, spread evenly over each matrix."""
     spec = plan.spec
-    shares = _shares(plan, imatrix)
+    n_parts = len(plan.parts)
+    shares = imatrix.shares(spec.name, n_parts) if imatrix else [1 / n_parts] * n_parts
     for i, (part, share) in enumerate(zip(plan.parts, shares, strict=True)):
         weights = imatrix.weights(spec.name, i, spec.n_per_row) if imatrix else None
         if weights is None:
             weights = np.ones(spec.n_per_row, np.float32)
         n_rows = part.n_elements // plan.n_per_row
-        n_taken = max(1, min(n_rows, N_SAMPLED // spec.n_per_row // len(plan.parts)))
+        n_taken = max(1, min(n_rows, N_SAMPLED // spec.n_per_row // n_parts))
         n_runs = min(N_RUNS, n_taken)
         for run in range(n_runs):
             first, end = run * n_rows // n_runs, (run + 1) * n_rows // n_runs
@@ -205,14 +220,6 @@ def _samples(plan: TensorPlan, imatrix: Imatrix | None) -> Iterator[_Sample]:
             piece = Piece(plan, part, first * plan.n_per_row, (first + n) * plan.n_per_row, i)
             # Zero rows at the end of a part would only be encoded for nothing.
             yield _Sample(piece.read()[:n], weights, share * (end - first) / n)
-
-
-def _shares(plan: TensorPlan, imatrix: Imatrix | None) -> list[float]:
-    entry = imatrix.entries.get(plan.spec.name) if imatrix else None
-    n = len(plan.parts)
-    if entry is None or len(entry.counts) != n or not entry.counts.sum():
-        return [1 / n] * n
-    return [float(share) for share in entry.counts / entry.counts.sum()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +237,11 @@ def role_stats(
     tensors: Sequence[TensorPlan],
     assignments: Mapping[str, Assignment],
     imatrix: Imatrix | None,
+    encoder: Encoder,
     progress: Callable[[str], None] | None = None,
 ) -> list[RoleStats]:
     """What each role loses, most bytes first; a role of several types has the first one's name."""
-    measure = Measure(load_ggml(), imatrix)
+    measure = Measure(encoder, imatrix)
     by_role: dict[Role, list[tuple[GgmlType, int, float]]] = {}
     for plan in tensors:
         if plan.spec.quantizable:

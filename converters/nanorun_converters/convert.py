@@ -29,8 +29,8 @@ from nanorun_converters.pipeline import Hashing, Workers, n_cores
 from nanorun_converters.plan import ConversionPlan, ConvertOptions, plan_conversion
 from nanorun_converters.store import Files
 from nanorun_converters.tensors import Piece, pieces_of
-from nanorun_quant.encode import encode
-from nanorun_quant.ggml import Ggml, UnquantizableError, load_ggml
+from nanorun_quant.encode import Encoder
+from nanorun_quant.ggml import UnquantizableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,8 +50,6 @@ class ConvertProgress:
 
     tensor: str
     """The tensor being written."""
-    n_tensors_done: int
-    n_tensors: int
     n_bytes_done: int
     n_bytes: int
     """Of the output's tensor data."""
@@ -210,14 +208,12 @@ def _write_tensors(
     progress: Callable[[ConvertProgress], None] | None,
 ) -> None:
     n_bytes, n_bytes_done = plan.tensor_bytes, output.n_data_done
-    i_tensor = {tensor.spec.name: i for i, tensor in enumerate(plan.tensors)}
-    encoder = _Encoder(plan, load_ggml())
+    encoder = _PieceEncoder(plan, plan.quantizer.open())
     for piece, data in workers.map_in_order(encoder, _pieces(plan, n_bytes_done)):
         output.write(data)
         n_bytes_done += data.nbytes
         if progress is not None:
-            name = piece.plan.spec.name
-            progress(ConvertProgress(name, i_tensor[name], len(i_tensor), n_bytes_done, n_bytes))
+            progress(ConvertProgress(piece.plan.spec.name, n_bytes_done, n_bytes))
 
 
 def _pieces(plan: ConversionPlan, n_bytes_done: int) -> Iterator[Piece]:
@@ -236,11 +232,11 @@ def _pieces(plan: ConversionPlan, n_bytes_done: int) -> Iterator[Piece]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoder:
+class _PieceEncoder:
     """Reads a piece and encodes it; what a worker thread does."""
 
     plan: ConversionPlan
-    ggml: Ggml
+    encoder: Encoder
 
     def __call__(self, piece: Piece) -> NDArray[np.uint8]:
         type_ = self.plan.type_of(piece.plan)
@@ -248,7 +244,8 @@ class _Encoder:
             if keeps_blocks(piece.plan, type_):
                 return piece.read_blocks()
             data = piece.read()
-            return encode(self.ggml, data, type_, self.plan.weights_of(piece, data.shape[1]))
+            weights = self.plan.weights_of(piece, data.shape[1])
+            return self.encoder.encode(data, type_, weights)
         except UnquantizableError as error:
             raise ModelError(
                 f"{self.plan.source.folder / piece.part.store.name}: tensor"

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 NVFP4_GROUP = 16
 """Elements that share a scale."""
-NVFP4_BLOCK = 64
 NVFP4_BLOCK_BYTES = 36
-"""ggml's `block_nvfp4`: the scales of four groups, then their codes."""
+"""ggml's `block_nvfp4` of 64 elements: the scales of four groups, then their codes."""
 FP8_DTYPES = ("F8_E4M3", "F8_E5M2")
 
 

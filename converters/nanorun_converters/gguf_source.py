@@ -15,7 +15,7 @@ from pathlib import Path
 from nanorun.errors import ModelError
 from nanorun.model.arch import HybridArch, arch_from_gguf
 from nanorun.model.ggml_type import GgmlType
-from nanorun.model.gguf import GgufFile, TensorInfo, read_gguf
+from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun.model.tensor_roles import check_tensors, expected_tensors, optional_tensors
 from nanorun_converters.gguf_writer import RawValue
 from nanorun_converters.store import SourceModel, SourceTensor, Store, local_file
@@ -23,7 +23,6 @@ from nanorun_converters.tensors import TensorPlan
 
 SUFFIX = ".gguf"
 _DTYPES = {GgmlType.F32: "F32", GgmlType.F16: "F16", GgmlType.BF16: "BF16"}
-_SPLIT_NAME = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
 # About the file that they are in, not about the model; or made anew for every file.
 _NOT_CARRIED = re.compile(r"(split|nanorun|quantize\.imatrix)\..+|general\.alignment")
 _NUMBER_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
@@ -72,58 +71,41 @@ def open_gguf(path: Path, *, keep_mtp: bool = True) -> GgufSource:
     Raises:
         ModelError: If it is damaged, no Nemotron-H model, or quantized already.
     """
-    files = [read_gguf(part) for part in _parts(path)]
-    whole = replace(files[0], tensors=_merged(files))
-    arch = arch_from_gguf(whole)
-    check_tensors(whole, arch)
-    tensors = {name: t for gguf in files for name, t in _tensors_of(gguf).items()}
+    gguf = read_gguf(path)
+    arch = arch_from_gguf(gguf)
+    check_tensors(gguf, arch)
+    tensors = _tensors_of(gguf)
     kept = arch if keep_mtp else replace(arch, n_layer_nextn=0)
     return GgufSource(
-        model=_model(whole, tensors),
+        model=_model(gguf, tensors),
         arch=kept,
         tensors=list(_plans(kept, tensors)),
-        metadata=_carried(path, whole),
+        metadata=_carried(gguf),
     )
 
 
-def _parts(path: Path) -> list[Path]:
-    n_files = read_gguf(path).find("split.count", int) or 1
-    if n_files == 1:
-        return [path]
-    found = _SPLIT_NAME.fullmatch(path.name)
-    if found is None or int(found[2]) != n_files:
-        raise ModelError(
-            f"{path}: expected the first of {n_files} files, NAME-00001-of-{n_files:05}.gguf"
-        )
-    return [path.with_name(f"{found[1]}-{i + 1:05}-of-{n_files:05}.gguf") for i in range(n_files)]
-
-
-def _merged(files: list[GgufFile]) -> dict[str, TensorInfo]:
-    merged: dict[str, TensorInfo] = {}
-    for gguf in files:
-        for name, tensor in gguf.tensors.items():
-            if name in merged:
-                raise ModelError(f"{gguf.path}: tensor {name!r}: it is in another file too")
-            merged[name] = tensor
-    return merged
-
-
 def _tensors_of(gguf: GgufFile) -> dict[str, SourceTensor]:
-    store = local_file(gguf.path)
-    if store is None:
-        raise ModelError(f"{gguf.path}: expected this file, found nothing there")
+    stores = {part.path: _store(part.path) for part in gguf.parts}
     tensors: dict[str, SourceTensor] = {}
     for name, tensor in gguf.tensors.items():
         if tensor.type not in _DTYPES:
             raise ModelError(
-                f"{gguf.path}: tensor {name!r}: expected f32, f16 or bf16, found"
+                f"{tensor.path}: tensor {name!r}: expected f32, f16 or bf16, found"
                 f" {tensor.type.label}",
                 facts=["quantizing what is quantized already would lose twice"],
             )
         tensors[name] = SourceTensor(
-            name, store, _DTYPES[tensor.type], tensor.shape, tensor.offset, tensor.n_bytes
-        )
+            name, stores[tensor.path], _DTYPES[tensor.type], tensor.shape, tensor.offset,
+            tensor.n_bytes,
+        )  # fmt: skip
     return tensors
+
+
+def _store(path: Path) -> Store:
+    store = local_file(path)
+    if store is None:
+        raise ModelError(f"{path}: expected this file, found nothing there")
+    return store
 
 
 def _model(gguf: GgufFile, tensors: dict[str, SourceTensor]) -> SourceModel:
@@ -152,9 +134,9 @@ def _plans(arch: HybridArch, tensors: dict[str, SourceTensor]) -> Iterator[Tenso
                 yield TensorPlan(optional[name], (tensors[name],))
 
 
-def _carried(path: Path, gguf: GgufFile) -> dict[str, RawValue]:
+def _carried(gguf: GgufFile) -> dict[str, RawValue]:
     """The value of every key that stays, as it stands in the file."""
-    with path.open("rb") as stream:
+    with gguf.path.open("rb") as stream:
         # The reader has checked all of it.
         raw = stream.read(gguf.data_offset)
     position, carried = 24, {}

@@ -65,6 +65,8 @@ class Provenance:
     bytes_of_type: Mapping[GgmlType, int]
     bytes_of_role: Mapping[Role, int]
     n_params: int
+    quantizer: str
+    """Whose code made the bytes."""
     padding: Sequence[str] = ()
     """`name:from:to` of each padded size."""
     imatrix: Imatrix | None = None
@@ -95,11 +97,11 @@ def build_metadata(
         **_general(source, arch, provenance),
         **_precision(provenance.only_weights),
         **_sampling(generation),
-        **{f"{arch.name}.{key}": value for key, value in _shape(arch).items()},
-        **(_tokenizer(vocabulary) if vocabulary else {}),
+        **{f"{arch.name}.{key}": value for key, value in shape_keys(arch).items()},
+        **(tokenizer_keys(vocabulary) if vocabulary else {}),
         **_nanorun(source, arch, provenance, hashes),
         **_imatrix(provenance.imatrix),
-        **_search(provenance.search),
+        **_search(provenance),
     }
 
 
@@ -118,10 +120,10 @@ def merge_metadata(
     return {
         **kept,
         **{key: general[key] for key in changed},
-        **{f"{arch.name}.{key}": value for key, value in _shape(arch).items()},
+        **{f"{arch.name}.{key}": value for key, value in shape_keys(arch).items()},
         **_nanorun(source, arch, provenance, hashes),
         **_imatrix(provenance.imatrix),
-        **_search(provenance.search),
+        **_search(provenance),
     }
 
 
@@ -162,7 +164,8 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, Value]:
     return keys
 
 
-def _shape(arch: HybridArch) -> dict[str, Value]:
+def shape_keys(arch: HybridArch) -> dict[str, Value]:
+    """The keys of the shape, without their prefix."""
     heads_kv = [arch.n_head_kv if kind is LayerKind.ATTENTION else 0 for kind in arch.layers]
     # An MTP block attends and has experts, both.
     heads_kv += [arch.n_head_kv] * arch.n_layer_nextn
@@ -222,7 +225,8 @@ def _per_layer(arch: HybridArch, common: int, per_layer: tuple[int, ...]) -> Val
     return u32([*per_layer, *[common] * arch.n_layer_nextn] if per_layer else common)
 
 
-def _tokenizer(vocabulary: Vocabulary) -> dict[str, Value]:
+def tokenizer_keys(vocabulary: Vocabulary) -> dict[str, Value]:
+    """The keys of a tokenizer and its chat templates."""
     keys = {
         "model": string("gpt2"),
         "pre": string(vocabulary.pre),
@@ -257,6 +261,7 @@ def _nanorun(
         "nanorun.layer_pattern": string(arch.pattern),
         "nanorun.recipe": string(provenance.recipe),
         "nanorun.recipe_version": u32(provenance.recipe_version),
+        "nanorun.quantizer": string(provenance.quantizer),
         "nanorun.source.repository": string(source.repository),
         "nanorun.source.revision": string(source.revision),
         "nanorun.source.files": string(tuple(store.name for store in source.stores)),
@@ -280,11 +285,17 @@ def _imatrix(imatrix: Imatrix | None) -> dict[str, Value]:
     return {f"quantize.imatrix.{key}": value for key, value in keys.items()}
 
 
-def _search(table: Sequence[str]) -> dict[str, Value]:
-    if not table:
+def _search(provenance: Provenance) -> dict[str, Value]:
+    if not provenance.search:
         return {}
-    method = "least sum of importance x relative output noise; Lagrangian over convex hulls"
-    return {"nanorun.search.method": string(method), "nanorun.search.types": string(tuple(table))}
+    importance = "importance"
+    if provenance.imatrix is not None and provenance.imatrix.sensitivity:
+        importance = "importance (corrected by measured sensitivity)"
+    method = f"least sum of {importance} x relative output noise; Lagrangian over convex hulls"
+    return {
+        "nanorun.search.method": string(method),
+        "nanorun.search.types": string(tuple(provenance.search)),
+    }
 
 
 def _size_label(n_params: int) -> str:

@@ -19,7 +19,7 @@ from nanorun.errors import ModelError, UsageError
 from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role
-from nanorun_converters.allocate import Target, search_types
+from nanorun_converters.allocate import SEARCHED, Target, search_types
 from nanorun_converters.factors import add_factors, keeps_blocks
 from nanorun_converters.gguf_writer import (
     AnyValue,
@@ -41,6 +41,7 @@ from nanorun_converters.scheme import Scheme
 from nanorun_converters.store import Files, SourceModel
 from nanorun_converters.tensors import Piece, TensorPlan
 from nanorun_converters.tokenizer import Vocabulary
+from nanorun_quant.encode import Quantizer, choose_quantizer
 from nanorun_quant.fit import Fit, fit_recipe
 from nanorun_quant.ggml import NEED_IMATRIX, USE_NO_IMATRIX
 from nanorun_quant.imatrix import Imatrix, per_expert, read_imatrix
@@ -83,6 +84,8 @@ class ConvertOptions:
     """Search the types of least error within this size of the file, instead of a recipe."""
     target_bpw: float | None = None
     """The same, in bits per weight."""
+    quantizer: str = "auto"
+    """Whose code makes the bytes: auto, ggml, torch."""
     n_threads: int | None = None
     """Threads that read and quantize; None for one a core."""
     force: bool = False
@@ -129,6 +132,7 @@ class ConversionPlan:
     """Metadata of the GGUF that is the source, if it is one."""
     search: Sequence[str] = ()
     """What a search found, `name=type:cost` a tensor."""
+    quantizer: Quantizer = field(default_factory=Quantizer)
 
     @property
     def has_tokenizer(self) -> bool:
@@ -218,6 +222,7 @@ class ConversionPlan:
             bytes_of_type=_sums((self.type_of(t), n_bytes) for t, n_bytes in sizes),
             bytes_of_role=_sums((t.spec.role, n_bytes) for t, n_bytes in sizes),
             n_params=self.n_params,
+            quantizer=self.quantizer.label,
             padding=tuple(padding_entries(self.padding)),
             search=self.search,
             imatrix=self.imatrix,
@@ -246,36 +251,31 @@ def plan_conversion(origin: Path | Files, options: ConvertOptions) -> Conversion
     searches = options.target_bytes is not None or options.target_bpw is not None
     needs_weights = searches or not options.dry_run
     model = open_model(origin, keep_mtp=options.keep_mtp, needs_weights=needs_weights)
-    source, arch, tensors = model.source, model.arch, model.tensors
+    source, tensors = model.source, model.tensors
     imatrix = _read_imatrix(options.imatrix, tensors)
     target = _target(options, model)
     with for_source(source):
-        if target is not None:
-            fit = search_types(tensors, arch, target, options.pad, imatrix)
-            recipe = fit.recipe
+        if target is None:
+            fit = fit_recipe(recipe, model.arch, options.pad, overrides)
         else:
-            fit = fit_recipe(recipe, arch, options.pad, overrides)
+            encoder = choose_quantizer(options.quantizer, SEARCHED).open()
+            fit = search_types(tensors, model.arch, target, options.pad, imatrix, encoder)
     if imatrix is None and not options.dry_run:
         _refuse_without_imatrix(fit, source)
     with for_source(source):
         padded, assignments = add_factors(
-            pad_tensors(tensors, arch, fit.arch), _with_small(fit.assignments, tensors), fit.arch
+            pad_tensors(tensors, model.arch, fit.arch),
+            _with_small(fit.assignments, tensors),
+            fit.arch,
         )
     return ConversionPlan(
-        source=source,
-        arch=fit.arch,
-        vocabulary=model.vocabulary,
-        recipe=recipe,
-        tensors=tuple(padded),
-        assignments=assignments,
-        scheme=model.scheme,
-        split_max_bytes=options.split_max_bytes,
-        carried=model.carried,
-        out=_output_path(source, recipe, options.out),
-        padding=fit.padding,
-        imatrix=imatrix,
+        source=source, arch=fit.arch, vocabulary=model.vocabulary, recipe=fit.recipe,
+        tensors=tuple(padded), assignments=assignments, scheme=model.scheme,
+        split_max_bytes=options.split_max_bytes, carried=model.carried,
+        out=_output_path(source, fit.recipe, options.out), padding=fit.padding, imatrix=imatrix,
         search=fit.table,
-    )
+        quantizer=choose_quantizer(options.quantizer, {a.type for a in assignments.values()}),
+    )  # fmt: skip
 
 
 def _with_small(

@@ -1,6 +1,6 @@
 """A GGUF of a model's shape without its weights, for planning, probing and benchmarks.
 
-The header is that of a real file, but for a vocabulary that it does not have. The data is a hole
+The header is that of a real file, but for a vocabulary, which it need not have. The data is a hole
 in the file, which takes no disk and reads as zeros, unless something is written there.
 """
 
@@ -15,11 +15,21 @@ from nanorun.model.footprint import tensor_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import expected_tensors
 from nanorun_converters.gguf_writer import Layout, TensorSlot, lay_out, string
-from nanorun_converters.metadata import _shape as shape_keys
+from nanorun_converters.metadata import shape_keys, tokenizer_keys
+from nanorun_converters.tokenizer import Vocabulary
+
+_NO_VOCABULARY = {"tokenizer.ggml.model": string("no_vocab")}
 
 
-def lay_out_shape(arch: HybridArch, types: Mapping[str, GgmlType]) -> Layout:
+def lay_out_shape(
+    arch: HybridArch, types: Mapping[str, GgmlType], vocabulary: Vocabulary | None = None
+) -> Layout:
     """The header and the places of all tensors of `arch`, in the types given by name.
+
+    Args:
+        arch: The shape.
+        types: Type of each tensor.
+        vocabulary: A tokenizer for it; without one the file cannot take text.
 
     Raises:
         ValueError: If a type's block does not divide a row.
@@ -28,7 +38,7 @@ def lay_out_shape(arch: HybridArch, types: Mapping[str, GgmlType]) -> Layout:
         "general.architecture": string(arch.name),
         "general.name": string(f"{arch.name} shape"),
         **{f"{arch.name}.{key}": value for key, value in shape_keys(arch).items()},
-        "tokenizer.ggml.model": string("no_vocab"),
+        **(tokenizer_keys(vocabulary) if vocabulary else _NO_VOCABULARY),
     }
     slots = [
         TensorSlot(spec.name, types[spec.name], spec.shape, tensor_bytes(spec, types[spec.name]))
@@ -37,13 +47,18 @@ def lay_out_shape(arch: HybridArch, types: Mapping[str, GgmlType]) -> Layout:
     return lay_out(metadata, slots)
 
 
-def write_shape(path: Path, arch: HybridArch, types: Mapping[str, GgmlType]) -> Layout:
+def write_shape(
+    path: Path,
+    arch: HybridArch,
+    types: Mapping[str, GgmlType],
+    vocabulary: Vocabulary | None = None,
+) -> Layout:
     """Write a file of the full size whose data is a hole.
 
     Raises:
         NanorunError: If it cannot be written.
     """
-    layout = lay_out_shape(arch, types)
+    layout = lay_out_shape(arch, types, vocabulary)
     try:
         with path.open("wb") as stream:
             stream.write(layout.header)

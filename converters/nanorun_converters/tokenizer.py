@@ -37,10 +37,6 @@ PRE_TOKENIZERS = {
 }
 
 
-# GGUF's names of special tokens -> Hugging Face's.
-_SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
-
-
 class TokenType(IntEnum):
     """llama.cpp's token types."""
 

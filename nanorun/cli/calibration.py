@@ -7,7 +7,6 @@ model, and is kept for later plans.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -15,8 +14,9 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
+from nanorun.cli.benchmarks import keep_measurement, known_measurement
 from nanorun.model.arch import HybridArch, LayerKind
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role, expected_tensors, role_of
@@ -39,13 +39,9 @@ def known_speed(shape: ModelShape, hardware: Hardware) -> Calibration | None:
     """What was measured before on this machine with these types, if anything."""
     from nanorun.plan.speed_estimate import Calibration
 
-    with suppress(OSError, ValueError, TypeError):
-        entries = json.loads(_cache_path().read_text(encoding="utf-8"))
-        return (
-            Calibration(**entries[_key(shape, hardware)])
-            if _key(shape, hardware) in entries
-            else None
-        )
+    with suppress(TypeError):
+        found = known_measurement(_key(shape, hardware))
+        return None if found is None else Calibration(**found)
     return None
 
 
@@ -80,7 +76,7 @@ def measure_speed(shape: ModelShape, hardware: Hardware) -> Calibration:
         decode_bandwidth=decode_bytes(sliced, settings) * measured.decode_tps,
         prefill_flops=prefill_flops_per_token(arch) * measured.prefill_tps,
     )
-    _keep(_key(shape, hardware), found)
+    keep_measurement(_key(shape, hardware), asdict(found))
     return found
 
 
@@ -128,7 +124,7 @@ def _enliven(path: Path, layout: Layout) -> None:
 
 
 def _fill_embedding(
-    stream: object, offset: int, n_bytes: int, type_: GgmlType, n_per_row: int
+    stream: BinaryIO, offset: int, n_bytes: int, type_: GgmlType, n_per_row: int
 ) -> None:
     import numpy as np
 
@@ -136,8 +132,8 @@ def _fill_embedding(
 
     numbers = np.random.default_rng(1).normal(0, 1, (256, n_per_row)).astype(np.float32)
     tile = load_ggml().quantize(numbers, type_, np.ones(n_per_row, np.float32)).tobytes()
-    stream.seek(offset)  # type: ignore[attr-defined]
-    stream.write((tile * (n_bytes // len(tile) + 1))[:n_bytes])  # type: ignore[attr-defined]
+    stream.seek(offset)
+    stream.write((tile * (n_bytes // len(tile) + 1))[:n_bytes])
 
 
 def _key(shape: ModelShape, hardware: Hardware) -> str:
@@ -145,22 +141,3 @@ def _key(shape: ModelShape, hardware: Hardware) -> str:
     sizes = f"{shape.arch.pattern}/{shape.arch.n_embd}/{shape.arch.n_ff_exp}"
     host = hardware.host
     return f"{host.description}|{host.n_cores}|{version('llama-cpp-python')}|{sizes}|{types}"
-
-
-def _cache_path() -> Path:
-    from nanorun.library import models_folder
-
-    return models_folder().parent / "speed.json"
-
-
-def _keep(key: str, found: Calibration) -> None:
-    path = _cache_path()
-    entries: dict[str, object] = {}
-    with suppress(OSError, ValueError):
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    # A cache that cannot be written is measured again next time.
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(entries | {key: asdict(found)}, indent=1), encoding="utf-8")
-        part.replace(path)

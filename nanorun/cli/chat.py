@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 
+from nanorun.cli import endpoints
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal
-from nanorun.cli.models import context_size, display_name, find_model, state_folder
+from nanorun.cli.models import display_name, find_model, state_folder
+from nanorun.cli.planning import plan_opening
 from nanorun.errors import UsageError
 
 
 def command(
-    model: opt.ModelArgument = opt.DEFAULT_MODEL,
+    model: endpoints.ModelOrPicoArgument = None,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
+    endpoint: endpoints.EndpointOption = None,
+    draft: opt.DraftOption = "off",
     state: opt.StateOption = True,
 ) -> int:
     """Chat with a model in the terminal.
@@ -25,18 +29,24 @@ def command(
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
         raise UsageError(
             "chat needs a terminal; input or output is a pipe or a file",
-            tries=[f"nanorun run {model} 'What is 17 + 25?'"],
+            tries=[f"nanorun run {model or opt.DEFAULT_MODEL} 'What is 17 + 25?'"],
         )
     from nanorun.model.chat import GenerateOptions
     from nanorun.runtime.client import EngineClient
-    from nanorun.runtime.options import EngineOptions
     from nanorun.tui.app import NanorunApp
 
+    settings = GenerateOptions(think=depth)
+    if endpoint is not None:
+        remote = endpoints.open_endpoint(endpoint, model, n_ctx=n_ctx)
+        app = NanorunApp(remote, options=settings, endpoint=remote.address.shown)
+        app.run()
+        return app.return_code or 0
+    model = model or opt.DEFAULT_MODEL
     path = find_model(model)
-    options = EngineOptions(
-        n_ctx=context_size(n_ctx, path), n_parallel=1, state_dir=state_folder(keep=state)
+    opening = plan_opening(
+        model, path, n_ctx, command="chat", speculation=draft, state_dir=state_folder(keep=state)
     )
-    client = EngineClient(path, options)
-    app = NanorunApp(client, model_name=display_name(model), options=GenerateOptions(think=depth))
+    client = EngineClient(path, opening.options, smaller=opening.smaller)
+    app = NanorunApp(client, model_name=display_name(model), options=settings)
     app.run()
     return app.return_code or 0

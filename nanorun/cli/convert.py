@@ -102,6 +102,16 @@ def command(
             rich_help_panel=_TYPES,
         ),
     ] = None,
+    quantizer: Annotated[
+        str,
+        typer.Option(
+            "--quantizer",
+            metavar="NAME",
+            help="ggml, whose bytes are llama.cpp's; torch, nearer to the source in K types and"
+            " IQ4; auto: torch where there is a GPU.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = "auto",
     n_threads: Annotated[
         int | None,
         typer.Option(
@@ -150,7 +160,7 @@ def command(
     options = ConvertOptions(
         out=out, recipe=recipe, type_map=parse_type_map(type_map or ()), pad=pad,
         target_bytes=None if target_size is None else parse_size(target_size),
-        target_bpw=target_bpw, imatrix=imatrix, n_threads=n_threads,
+        target_bpw=target_bpw, imatrix=imatrix, quantizer=quantizer, n_threads=n_threads,
         force=force, dry_run=dry_run, keep_mtp=not no_mtp,
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size),
     )  # fmt: skip
@@ -173,11 +183,10 @@ def source_named(text: str) -> Path | Files:
         ModelError: If it names a model that the Hub does not have.
         NanorunError: If the Hub cannot be reached.
     """
-    from nanorun.library import BUNDLED_MODEL, CATALOG
-    from nanorun.library.local import BUNDLED_SOURCE
+    from nanorun.library import BUNDLED_MODELS, CATALOG
 
-    if text == BUNDLED_MODEL:
-        return BUNDLED_SOURCE
+    if text in BUNDLED_MODELS:
+        return BUNDLED_MODELS[text]
     path = Path(text).expanduser()
     if path.exists():
         return path
@@ -280,8 +289,14 @@ def _render(plan: ConversionPlan, result: ConvertResult, dry_run: bool) -> str:
 
     size = f"{format_gib(result.bytes)} ({result.bytes:,} bytes), {result.bpw:.2f} bits per weight"
     done = "would be" if dry_run else f"took {result.seconds:.1f} s,"
-    without = "" if plan.has_tokenizer else ", without the tokenizer, which is not there"
-    lines = [f"{shlex.quote(result.path)} {done} {size}{without}"]
+    lines = [f"{shlex.quote(result.path)} {done} {size}"]
+    if not plan.has_tokenizer:
+        lines.append(
+            "without tokenizer.json, which is not there: it adds 12 bytes and the text of each of"
+            f" {plan.arch.n_vocab:,} tokens, 8 and the text of each merge, and the chat template"
+        )
+    if plan.quantizer.device:
+        lines.append(f"quantized by {plan.quantizer.label}")
     for name, (n_from, n_to) in result.padding.items():
         lines.append(f"padded: {name} {n_from} to {n_to} (+{n_to / n_from - 1:.1%})")
     lines.append("")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -67,6 +68,12 @@ def talk(text: str) -> None:
 def note(text: str) -> None:
     """Tell something worth knowing that stops nothing."""
     talk(f"nanorun: {text}\n")
+
+
+def show_logs(*, verbose: bool) -> None:
+    """Send what the parts of nanorun log to stderr: warnings, or all of it."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="nanorun: %(message)s")
+    logging.getLogger("nanorun").setLevel(logging.DEBUG if verbose else logging.NOTSET)
 
 
 def dim(text: str) -> str:

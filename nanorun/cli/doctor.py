@@ -23,12 +23,14 @@ _LEAST_DISK_BYTES = 20 * GIB
 def command(as_json: opt.JsonOption = False) -> int:
     """Show what this machine has, and what is wrong with it.
 
-    With --json, the key `hardware` is a profile for `nanorun plan --hardware`. Exits with 1 if
-    something keeps nanorun from running well.
+    The speed of memory and disk is measured the first time. With --json, the key `hardware` is a
+    profile for `nanorun plan --hardware`. Exits with 1 if something keeps nanorun from running
+    well.
     """
+    from nanorun.cli.benchmarks import with_measured_speeds
     from nanorun.plan.hardware import as_profile, detect_hardware
 
-    hardware = detect_hardware()
+    hardware = with_measured_speeds(detect_hardware())
     devices, problems = _engine()
     problems += find_problems(hardware)
     libraries = {name: _version(name) for name in _LIBRARIES}
@@ -100,9 +102,9 @@ def _render(
     host = hardware.host
     rows = [
         ("nanorun", f"{__version__}, Python {platform.python_version()}, {platform.platform()}"),
-        ("processor", f"{host.description}, {host.n_cores} cores"),
+        ("processor", f"{host.description}, {_cores(hardware)}"),
         ("memory", _memory(hardware)),
-        ("disk", f"{format_gib(hardware.disk_free_bytes)} free in the home folder"),
+        ("disk", _disk(hardware)),
         *((gpu.name, _accelerator(gpu)) for gpu in (*hardware.accelerators, *hardware.unusable)),
         ("engine", ", ".join(f"{d['name']} ({d['description']})" for d in devices) or "none"),
         ("libraries", ", ".join(f"{n} {v or 'missing'}" for n, v in libraries.items())),
@@ -116,10 +118,27 @@ def _render(
     return "\n".join(lines) + "\n"
 
 
+def _cores(hardware: Hardware) -> str:
+    host = hardware.host
+    if host.n_slow_cores:
+        return f"{host.n_cores} fast cores, {host.n_slow_cores} slow ones that are not used"
+    return f"{host.n_cores} core{'s' * (host.n_cores != 1)}"
+
+
+def _disk(hardware: Hardware) -> str:
+    text = f"{format_gib(hardware.disk_free_bytes)} free in the home folder"
+    return text + (f", reads {_rate(hardware.disk_bandwidth)}" if hardware.disk_bandwidth else "")
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.1f} GB/s"
+
+
 def _memory(hardware: Hardware) -> str:
     host = hardware.host
     text = f"{format_gib(host.available_bytes)} available of {format_gib(host.total_bytes)}"
     text += f", {host.limit}" if host.limit else ""
+    text += f", reads {_rate(host.bandwidth)}" if host.bandwidth else ""
     return text + (", shared with the accelerator" if hardware.is_unified else "")
 
 

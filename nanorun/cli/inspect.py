@@ -45,6 +45,8 @@ class Summary:
     """What `inspect` shows of a model."""
 
     path: Path
+    n_files: int
+    """More than one where the model is split or in shards; `path` is the first, or their folder."""
     name: str
     arch: HybridArch
     n_params: int
@@ -105,6 +107,7 @@ def as_keys(summary: Summary) -> dict[str, Any]:
     arch = summary.arch
     return {
         "path": str(summary.path),
+        "n_files": summary.n_files,
         "arch": arch.name,
         "name": summary.name,
         "pattern": arch.pattern,
@@ -147,6 +150,7 @@ def _summarize_gguf(gguf: GgufFile) -> Summary:
     check_tensors(gguf, arch)
     return Summary(
         path=gguf.path,
+        n_files=len(gguf.parts),
         name=gguf.find("general.name", str) or gguf.path.stem,
         arch=arch,
         n_params=gguf.n_params,
@@ -177,6 +181,7 @@ def _summarize_source(folder: Path) -> Summary:
     n_bytes = sum(t.n_bytes for t in tensors)
     return Summary(
         path=folder,
+        n_files=len(source.stores),
         name=source.name,
         arch=arch_from_config(source.read_json("config.json"), str(folder / "config.json")),
         n_params=sum(t.n_elements for t in tensors),
@@ -219,7 +224,8 @@ def _facts_table(summary: Summary) -> Table:
 def _facts(summary: Summary) -> Iterable[tuple[str, str]]:
     arch = summary.arch
     yield "name", summary.name
-    yield "file", str(summary.path)
+    others = f" (and {summary.n_files - 1} more)" if summary.n_files > 1 else ""
+    yield "file", f"{summary.path}{others}"
     yield "arch", arch.name
     yield "layers", f"{arch.n_layer}: {_layer_counts(arch)}"
     yield "pattern", arch.pattern

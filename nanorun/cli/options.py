@@ -41,9 +41,27 @@ StateOption = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+DraftOption = Annotated[
+    str,
+    typer.Option(
+        "--draft",
+        metavar="HOW",
+        help="Guess tokens ahead: from earlier text (lookup), by the model's head (mtp), or off.",
+        rich_help_panel=ENGINE,
+    ),
+]
 JsonOption = Annotated[
     bool,
     typer.Option("--json", help="Print one JSON object instead.", rich_help_panel=OUTPUT),
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Tell how the model is opened and why, and what memory it takes.",
+        rich_help_panel=OUTPUT,
+    ),
 ]
 
 DEFAULT_MODEL = "pico"

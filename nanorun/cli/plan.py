@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +11,9 @@ import typer
 
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import write_data, write_json
-from nanorun.cli.planning import parse_wish, shapes_of_model
-from nanorun.errors import MemoryPlanError, UsageError
+from nanorun.cli.planning import parse_wish
+from nanorun.cli.shapes import shapes_of_model
+from nanorun.errors import MemoryPlanError, NanorunError, UsageError
 
 if TYPE_CHECKING:
     from nanorun.plan.hardware import Hardware
@@ -27,7 +29,8 @@ def command(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="Library name (nano, nano:q4), GGUF file, or folder of a source model.",
+            help="Library name (nano, nano:q4), GGUF file, or folder of a source model; also an"
+            " https address of a GGUF, or owner/name and owner/name/file.gguf on the Hub.",
         ),
     ],
     n_ctx: opt.NCtxOption = None,
@@ -88,6 +91,13 @@ def command(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Ask the installed engine what the context takes, without loading the model.",
+        ),
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Load the model and compare the plan with what it takes."),
@@ -99,6 +109,15 @@ def command(
             help="Time a slice of the model on this machine; kept for later plans.",
         ),
     ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            metavar="FILE",
+            help="Draw memory and speed against the context, by KV type, as SVG.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Show what a model takes on a machine, before any download.
@@ -106,9 +125,12 @@ def command(
     A name of the library is enough. Says why each thing is chosen, and what would help when nothing
     fits.
     """
+    from nanorun.plan.hardware import HOST
     from nanorun.plan.memory_plan import plan_model
     from nanorun.plan.report import plan_keys, render_plan
 
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise UsageError(f"--plot {plot}: the file's name must end in .svg")
     shapes = shapes_of_model(model, recipe)
     default = min(opt.DEFAULT_N_CTX, shapes[0].arch.n_ctx_train)
     wish = parse_wish(n_ctx, default_n_ctx=default, n_parallel=n_parallel, kv=kv)
@@ -120,12 +142,23 @@ def command(
             write_json({"fits": False, "why": [error.message, *error.facts],
                         "tries": list(error.tries)})  # fmt: skip
         raise
+    if (probe or verify) and hardware is not None and plan.uses[0].name != HOST:
+        raise UsageError(
+            f"this machine's engine cannot be asked about {plan.uses[0].name} of {hardware}",
+            tries=[f"nanorun plan {model} --hardware {hardware} --device cpu --probe"],
+        )
     if hardware is None:
         plan = _calibrated(plan, measure=measure_speed)
     keys, text = plan_keys(plan), render_plan(plan)
+    if probe:
+        probed, shown = _probe(plan)
+        keys, text = keys | probed, f"{text}\n{shown}"
     if verify:
         verified, shown = _verify(plan)
         keys, text = keys | verified, f"{text}\n{shown}"
+    if plot is not None:
+        _write_plot(plot, plan)
+        keys, text = keys | {"plot": str(plot)}, f"{text}\nplot: {plot}\n"
     if as_json:
         write_json(keys)
     else:
@@ -133,10 +166,11 @@ def command(
 
 
 def _machine(profile: Path | None, device: str, vram: str | None, ram: str | None) -> Hardware:
+    from nanorun.cli.benchmarks import with_known_speeds
     from nanorun.model.units import parse_size
     from nanorun.plan.hardware import detect_hardware, read_profile
 
-    machine = detect_hardware() if profile is None else read_profile(profile)
+    machine = with_known_speeds(detect_hardware()) if profile is None else read_profile(profile)
     return machine.restricted(
         device,
         vram=None if vram is None else parse_size(vram),
@@ -156,9 +190,33 @@ def _calibrated(plan: Plan, *, measure: bool) -> Plan:
     return replace(plan, calibration=found)
 
 
+def _write_plot(path: Path, plan: Plan) -> None:
+    from nanorun.plan.plot import render_plot
+
+    try:
+        path.write_text(render_plot(plan), encoding="utf-8")
+    except OSError as error:
+        raise NanorunError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
+    from nanorun.plan.probe import probe_contexts
+    from nanorun.plan.verification import Probe, probe_keys, render_probe
+    from nanorun_converters.shape_file import write_shape
+
+    with tempfile.TemporaryDirectory(prefix="nanorun-") as folder:
+        path = plan.shape.path
+        if path is None:
+            # The engine reads the header only: a file without data has all it asks for.
+            path = Path(folder) / "shape.gguf"
+            write_shape(path, plan.shape.arch, {t.name: t.type for t in plan.shape.tensors})
+        found = Probe(plan, probe_contexts(path, [plan.settings])[0])
+    return probe_keys(found), render_probe(found)
+
+
 def _verify(plan: Plan) -> tuple[dict[str, Any], str]:
-    from nanorun.plan.probe import measure, predicted_context, probe_contexts
-    from nanorun.plan.report import comparison, render_comparison
+    from nanorun.plan.probe import measure, probe_contexts
+    from nanorun.plan.verification import Verification, render_verification, verification_keys
 
     path = plan.shape.path
     if path is None:
@@ -168,21 +226,10 @@ def _verify(plan: Plan) -> tuple[dict[str, Any], str]:
         )
     settings = plan.settings
     n_fill = min(_FILL, settings.n_ctx // 2)
-    measured = measure(path, settings, n_fill)
-    probed = probe_contexts(path, [settings])[0]
-    predicted = predicted_context(plan.shape.arch, settings)
-    rows = comparison(predicted, probed, measured, plan, n_fill)
-    keys = {
-        "measured": rows,
-        "max_error": max(row["error"] for row in rows),
-        "measured_decode_tps": round(measured.decode_tps, 2),
-        "measured_prefill_tps": round(measured.prefill_tps, 2),
-        "load_s": round(measured.load_s, 2),
-        "base_bytes": measured.base_bytes,
-        "resident_bytes": measured.resident_bytes,
-    }
-    speed = (
-        f"measured: decode {measured.decode_tps:.1f} t/s, prefill {measured.prefill_tps:.1f} t/s,"
-        f" load {measured.load_s:.1f} s"
+    verified = Verification(
+        plan=plan,
+        probed=probe_contexts(path, [settings])[0],
+        measured=measure(path, settings, n_fill),
+        n_fill=n_fill,
     )
-    return keys, f"{render_comparison(rows)}{speed}\n"
+    return verification_keys(verified), render_verification(verified)

@@ -1,83 +1,26 @@
-"""From MODEL and flags to shapes, hardware and wish; the one place where commands get a plan."""
+"""From flags to a wish, and from a plan to how an engine is opened."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanorun.errors import ModelError, UsageError
+from nanorun.cli.options import DEFAULT_N_CTX
+from nanorun.cli.shapes import shape_of_file
+from nanorun.errors import UsageError
+from nanorun.model.units import format_gib
 
 if TYPE_CHECKING:
-    from nanorun.model.arch import HybridArch
     from nanorun.plan.hardware import Hardware
     from nanorun.plan.memory_plan import Plan, Wish
-    from nanorun.plan.shape import ModelShape
     from nanorun.runtime.options import EngineOptions
 
-MAX_N_CTX = "max"
+_MAX = "max"
 
-
-def shapes_of_model(model: str, recipe: str | None = None) -> list[ModelShape]:
-    """The shapes that MODEL may have: one for a file, one a recipe for what is to be converted.
-
-    Args:
-        model: Path of a GGUF file, folder of a source model, or library name; no name but that of
-            the bundled model needs anything on this machine.
-        recipe: The recipe to take; None for all that may be chosen from.
-
-    Raises:
-        UsageError: If there is no such model or recipe.
-        ModelError: If the model cannot be used, or its shape is not known.
-    """
-    from nanorun.library import BUNDLED_MODEL, CATALOG, resolve_model
-    from nanorun.model.gguf import read_gguf
-    from nanorun.plan.shape import shape_of_gguf
-
-    name, _, size = model.partition(":")
-    if model not in CATALOG and (Path(model) / "config.json").is_file():
-        return _of_source(Path(model), recipe)
-    if name in CATALOG and name != BUNDLED_MODEL:
-        known = CATALOG[name]
-        if known.arch is None:
-            raise ModelError(
-                f"the shape of {name} is not known without its files",
-                facts=[known.summary],
-                tries=[f"hf download {known.repository} config.json --local-dir {name}",
-                       f"nanorun plan {name}"],
-            )  # fmt: skip
-        return _of_arch(model, known.arch, recipe or size or None, known.repository)
-    if recipe is not None:
-        raise UsageError(
-            f"--recipe {recipe} is for models that are still to be converted; {model} is a file",
-            tries=[f"nanorun plan {model}"],
-        )
-    return [shape_of_gguf(model, read_gguf(resolve_model(model)))]
-
-
-def _of_source(folder: Path, recipe: str | None) -> list[ModelShape]:
-    import json
-
-    from nanorun_converters.config import arch_from_config
-
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: expected an object, found {type(config).__name__}")
-    return _of_arch(str(folder), arch_from_config(config, str(path)), recipe, None)
-
-
-def _of_arch(
-    name: str, arch: HybridArch, recipe: str | None, repository: str | None
-) -> list[ModelShape]:
-    from nanorun.plan.shape import shape_of_recipe, shapes_of_recipes
-
-    if recipe is not None:
-        return [shape_of_recipe(name, arch, recipe, repository)]
-    return shapes_of_recipes(name, arch, repository)
+log = logging.getLogger(__name__)
 
 
 def parse_wish(
@@ -86,7 +29,6 @@ def parse_wish(
     default_n_ctx: int,
     n_parallel: int = 1,
     kv: str | None = None,
-    n_ubatch: int | None = None,
 ) -> Wish:
     """The wish that flags express.
 
@@ -100,12 +42,12 @@ def parse_wish(
     if n_ctx is None:
         tokens: int | None = default_n_ctx
     else:
-        tokens = None if n_ctx.strip().lower() == MAX_N_CTX else parse_count(n_ctx)
+        tokens = None if n_ctx.strip().lower() == _MAX else parse_count(n_ctx)
     type_kv = None if kv is None else GgmlType.from_name(kv)
     if type_kv is not None and type_kv not in KV_TYPES:
         names = ", ".join(t.label for t in KV_TYPES)
         raise UsageError(f"--kv {kv}: a KV cache is one of {names}")
-    return Wish(n_ctx=tokens, n_parallel=n_parallel, type_kv=type_kv, n_ubatch=n_ubatch)
+    return Wish(n_ctx=tokens, n_parallel=n_parallel, type_kv=type_kv)
 
 
 def engine_options(plan: Plan) -> EngineOptions:
@@ -115,8 +57,10 @@ def engine_options(plan: Plan) -> EngineOptions:
     s = plan.settings
     return EngineOptions(
         n_ctx=s.n_ctx, n_parallel=s.n_parallel, n_seq_spare=s.n_seq_spare, n_batch=s.n_ubatch,
-        n_ubatch=s.n_ubatch, n_gpu_layers=s.n_gpu_layers, type_k=s.type_k.label,
-        type_v=s.type_v.label, checkpoint_bytes=s.checkpoint_bytes, archive_bytes=s.archive_bytes,
+        n_ubatch=s.n_ubatch, n_threads=plan.hardware.host.n_cores, n_gpu_layers=s.n_gpu_layers,
+        n_cpu_moe=s.n_cpu_moe, type_k=s.type_k.label, type_v=s.type_v.label,
+        checkpoint_bytes=s.checkpoint_bytes, archive_bytes=s.archive_bytes,
+        speculation=plan.wish.speculation, n_draft=plan.wish.n_draft,
     )  # fmt: skip
 
 
@@ -128,10 +72,103 @@ def plan_engine_options(path: Path, wish: Wish, hardware: Hardware | None = None
         ModelError: If the file is damaged or no model that nanorun runs.
         MemoryPlanError: If nothing fits.
     """
+    return engine_options(_plan_file(path, wish, hardware))
+
+
+def smaller_plans(
+    path: Path, wish: Wish, hardware: Hardware | None = None
+) -> list[tuple[EngineOptions, str]]:
+    """What to try, one after the other, when memory runs out with the options for this wish.
+
+    Each comes with what it changes compared to the one before it.
+
+    Raises:
+        NanorunError: As `plan_engine_options`.
+    """
+    return _smaller_options(_plan_file(path, wish, hardware))
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a command opens its engine."""
+
+    options: EngineOptions
+    smaller: tuple[tuple[EngineOptions, str], ...]
+    """What to try, one after the other, when memory runs out; see `smaller_plans`."""
+    planned_bytes: int
+    """What the engine's process is to take of main memory, before any prompt is saved."""
+
+
+def plan_opening(
+    model: str,
+    path: Path,
+    n_ctx: str | None,
+    *,
+    command: str,
+    n_parallel: int = 1,
+    keeps_texts: bool = False,
+    speculation: str = "off",
+    state_dir: str | None = None,
+) -> Opening:
+    """How a command opens a file on this machine, and what it falls back to.
+
+    Args:
+        model: What a person wrote as MODEL, for messages.
+        path: The file that it stands for.
+        n_ctx: The text of `--n-ctx`.
+        command: The command, for suggestions.
+        n_parallel: Requests at a time.
+        keeps_texts: Whether many conversations go on, as behind an endpoint; see `Wish`.
+        speculation: The text of `--draft`.
+        state_dir: See `EngineOptions`.
+
+    Raises:
+        NanorunError: As `plan_engine_options`.
+    """
     from nanorun.plan.hardware import detect_hardware
     from nanorun.plan.memory_plan import plan_model
 
-    hardware = hardware or detect_hardware()
-    # Whole layers only: `EngineOptions` cannot say yet that experts stay on the host.
-    wish = replace(wish, may_split_experts=False)
-    return engine_options(plan_model(shapes_of_model(str(path)), hardware, wish))
+    shape = shape_of_file(model, path)
+    default = min(DEFAULT_N_CTX, shape.arch.n_ctx_train)
+    wish = parse_wish(n_ctx, default_n_ctx=default, n_parallel=n_parallel)
+    if speculation not in ("off", "lookup", "mtp"):
+        raise UsageError(f"--draft {speculation}: it is off, lookup or mtp")
+    wish = replace(wish, command=command, keeps_texts=keeps_texts, speculation=speculation)
+    plan = plan_model([shape], detect_hardware(), wish)
+    for line in plan.why:
+        log.debug("plan: %s", line)
+
+    def opened(options: EngineOptions) -> EngineOptions:
+        return replace(options, state_dir=state_dir)
+
+    return Opening(
+        options=opened(engine_options(plan)),
+        smaller=tuple((opened(options), change) for options, change in _smaller_options(plan)),
+        planned_bytes=plan.uses[-1].total_bytes - plan.uses[-1].checkpoint_bytes,
+    )
+
+
+def log_memory(opening: Opening, pid: int | None) -> None:
+    """Log what the engine's process was planned to take and what it takes once it has loaded."""
+    if pid is None or not log.isEnabledFor(logging.DEBUG):
+        return
+    import psutil
+
+    with suppress(psutil.Error):
+        resident = int(psutil.Process(pid).memory_info().rss)
+        planned = format_gib(opening.planned_bytes)
+        log.debug("memory: %s planned, %s resident after loading", planned, format_gib(resident))
+
+
+def _plan_file(path: Path, wish: Wish, hardware: Hardware | None) -> Plan:
+    from nanorun.plan.hardware import detect_hardware
+    from nanorun.plan.memory_plan import plan_model
+
+    shape = shape_of_file(str(path), path)
+    return plan_model([shape], hardware or detect_hardware(), wish)
+
+
+def _smaller_options(plan: Plan) -> list[tuple[EngineOptions, str]]:
+    from nanorun.plan.smaller import smaller_plans
+
+    return [(engine_options(smaller.plan), smaller.change) for smaller in smaller_plans(plan)]

@@ -41,7 +41,9 @@ def command(
     plan = plan_conversion(source_named(source), options)
     status = StatusLine()
     try:
-        stats = role_stats(plan.tensors, plan.assignments, plan.imatrix, status.show)
+        stats = role_stats(
+            plan.tensors, plan.assignments, plan.imatrix, plan.quantizer.open(), status.show
+        )
     finally:
         status.clear()
     if as_json:

@@ -101,6 +101,8 @@ def _summary(finished: chat.Finished) -> str:
         f"{timings.decode_tps:.1f} t/s",
         f"prompt {usage.prompt_tokens} tokens in {timings.prefill_s:.2f} s",
     ]
+    if usage.drafted_tokens:
+        parts.append(f"{usage.accepted_tokens} of {usage.drafted_tokens} guesses right")
     ends = {"length": "cut at the token limit", "cancelled": "stopped"}
     if finished.reason in ends:
         parts.append(ends[finished.reason])
@@ -155,6 +157,8 @@ class JsonOutput:
                 "cached_tokens": usage.cached_tokens,
                 "thinking_tokens": usage.thinking_tokens,
                 "completion_tokens": usage.completion_tokens,
+                "drafted_tokens": usage.drafted_tokens,
+                "accepted_tokens": usage.accepted_tokens,
             },
             "timings": {
                 "load_s": info.load_s,

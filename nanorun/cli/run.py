@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nanorun.cli import endpoints
 from nanorun.cli import options as opt
-from nanorun.cli.diagnostics import is_terminal
+from nanorun.cli.diagnostics import is_terminal, show_logs
 from nanorun.cli.interrupts import Interrupts
-from nanorun.cli.models import context_size, find_model
+from nanorun.cli.models import find_model
+from nanorun.cli.planning import log_memory, plan_opening
 from nanorun.cli.reply_output import JsonOutput, TextOutput
 from nanorun.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
-    from nanorun.model.chat import GenerateOptions, Message
+    from nanorun.model.chat import GenerateOptions, Grammar, Message
     from nanorun.runtime.client import Client
 
 
 def command(
-    model: opt.ModelArgument,
+    model: endpoints.ModelArgument = None,
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -79,16 +84,38 @@ def command(
             rich_help_panel=opt.SAMPLING,
         ),
     ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            "--schema",
+            metavar="FILE",
+            help="Hold the answer to a JSON Schema: a file, or the schema itself.",
+            rich_help_panel=opt.SAMPLING,
+        ),
+    ] = None,
     n_ctx: opt.NCtxOption = None,
+    draft: opt.DraftOption = "off",
+    endpoint: endpoints.EndpointOption = None,
     as_json: opt.JsonOption = False,
+    verbose: opt.VerboseOption = False,
 ) -> int:
     """Print one answer; reads and feeds pipes.
 
     The answer goes to standard output as it is written, the thinking to standard error. Ctrl-C
     stops the answer and keeps what was said; a second one leaves at once.
+
+    With --endpoint, a single argument is the PROMPT: the endpoint's only model answers.
     """
     from nanorun.model.chat import GenerateOptions
 
+    if endpoint is not None and prompt is None:
+        model, prompt = None, model
+    elif endpoint is None and model is None:
+        raise UsageError(
+            "missing argument 'MODEL'",
+            facts=["usage: nanorun run [OPTIONS] [MODEL] [PROMPT]"],
+            tries=["nanorun run --help"],
+        )
     question = read_prompt(prompt)
     request = GenerateOptions(
         think=opt.think_depth(think),
@@ -96,12 +123,15 @@ def command(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        grammar=None if schema is None else read_schema(schema),
     )
     messages = to_messages(question, system)
-    client = open_client(model, n_ctx)
+    if verbose:
+        show_logs(verbose=True)
+    client, on_loaded = open_client(model, n_ctx, endpoint, draft)
     interrupts = Interrupts()
     output = JsonOutput() if as_json else TextOutput()
-    return interrupts.run(_answer(client, messages, request, output, interrupts))
+    return interrupts.run(_answer(client, on_loaded, messages, request, output, interrupts))
 
 
 def read_prompt(argument: str | None) -> str:
@@ -123,6 +153,27 @@ def read_prompt(argument: str | None) -> str:
     return question
 
 
+def read_schema(argument: str) -> Grammar:
+    """The grammar of `--schema`: JSON itself, or the path of a file.
+
+    Raises:
+        UsageError: If it is neither.
+    """
+    from nanorun.model.chat import Grammar
+
+    text = argument
+    if not argument.lstrip().startswith(("{", "true", "false")):
+        try:
+            text = opt.read_text(Path(argument).read_bytes(), argument)
+        except OSError as error:
+            raise UsageError(f"{argument} cannot be read: {error.strerror or error}") from error
+    try:
+        json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--schema {argument[:80]}: not JSON: {error}") from error
+    return Grammar("json_schema", text)
+
+
 def to_messages(question: str, system: str | None) -> list[Message]:
     """The conversation that asks the question."""
     from nanorun.model.chat import Message
@@ -131,17 +182,24 @@ def to_messages(question: str, system: str | None) -> list[Message]:
     return [*before, Message("user", question)]
 
 
-def open_client(model: str, n_ctx: str | None) -> Client:
-    """A client for one request at a time, not started yet."""
+def open_client(
+    model: str | None, n_ctx: str | None, endpoint: str | None, draft: str
+) -> tuple[Client, Callable[[], None]]:
+    """A client for one request at a time, not started yet, and what to do once it has."""
+    if endpoint is not None:
+        return endpoints.open_endpoint(endpoint, model, n_ctx=n_ctx), lambda: None
     from nanorun.runtime.client import EngineClient
-    from nanorun.runtime.options import EngineOptions
 
+    assert model is not None
     path = find_model(model)
-    return EngineClient(path, EngineOptions(n_ctx=context_size(n_ctx, path), n_parallel=1))
+    opening = plan_opening(model, path, n_ctx, command="run", speculation=draft)
+    client = EngineClient(path, opening.options, smaller=opening.smaller)
+    return client, lambda: log_memory(opening, client.pid)
 
 
 async def _answer(
     client: Client,
+    on_loaded: Callable[[], None],
     messages: list[Message],
     request: GenerateOptions,
     output: TextOutput | JsonOutput,
@@ -150,6 +208,7 @@ async def _answer(
     try:
         output.loading()
         info = await client.start()
+        on_loaded()
         generation = client.generate(messages, request)
         interrupts.on_first = lambda: asyncio.ensure_future(generation.cancel())
         async for event in generation:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from nanorun.cli import options as opt
-from nanorun.cli.diagnostics import StatusLine, note
-from nanorun.cli.models import context_size, display_name, find_model, state_folder
+from nanorun.cli.diagnostics import StatusLine, note, show_logs
+from nanorun.cli.models import display_name, find_model, state_folder
+from nanorun.cli.planning import Opening, log_memory, plan_opening
 from nanorun.errors import UsageError
+from nanorun.model.units import parse_duration
 
 if TYPE_CHECKING:
     import socket
@@ -70,7 +70,18 @@ def command(
             rich_help_panel=opt.ENGINE,
         ),
     ] = 4,
+    draft: opt.DraftOption = "off",
+    keep_alive: Annotated[
+        str,
+        typer.Option(
+            "--keep-alive",
+            metavar="TIME",
+            help="Unload the model after that much idle time (5m, 1h); the next request loads it.",
+            rich_help_panel=opt.ENGINE,
+        ),
+    ] = "forever",
     state: opt.StateOption = True,
+    verbose: opt.VerboseOption = False,
 ) -> None:
     """Answer over an OpenAI-style HTTP endpoint.
 
@@ -78,7 +89,6 @@ def command(
     finish; a second Ctrl-C does not.
     """
     from nanorun.runtime.client import EngineClient
-    from nanorun.runtime.options import EngineOptions
     from nanorun.server.listen import bind
     from nanorun.server.settings import ServerSettings
 
@@ -89,16 +99,23 @@ def command(
         think=opt.think_depth(think),
     )
     check_keys(settings)
+    show_logs(verbose=verbose)
     path = find_model(model)
-    options = EngineOptions(
-        n_ctx=context_size(n_ctx, path),
-        n_parallel=n_parallel,
-        state_dir=state_folder(keep=state),
+    opening = plan_opening(
+        model, path, n_ctx, command="serve", n_parallel=n_parallel, keeps_texts=True,
+        speculation=draft, state_dir=state_folder(keep=state),
+    )  # fmt: skip
+    client = EngineClient(
+        path, opening.options, smaller=opening.smaller, keep_alive_s=_idle_limit(keep_alive)
     )
     # Bound before the model is loaded: a port that is taken should not cost that wait.
     listener = bind(host, port)
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="nanorun: %(message)s")
-    asyncio.run(_serve(EngineClient(path, options), display_name(model), listener, settings))
+    asyncio.run(_serve(client, opening, display_name(model), listener, settings))
+
+
+def _idle_limit(keep_alive: str) -> float | None:
+    """Seconds of `--keep-alive`; None to keep the model for good."""
+    return None if keep_alive.strip().lower() == "forever" else parse_duration(keep_alive)
 
 
 def check_keys(settings: ServerSettings) -> None:
@@ -119,7 +136,11 @@ def check_keys(settings: ServerSettings) -> None:
 
 
 async def _serve(
-    client: EngineClient, name: str, listener: socket.socket, settings: ServerSettings
+    client: EngineClient,
+    opening: Opening,
+    name: str,
+    listener: socket.socket,
+    settings: ServerSettings,
 ) -> None:
     from nanorun.server.app import create_app
     from nanorun.server.listen import serve, url_of
@@ -129,6 +150,7 @@ async def _serve(
         status.show(f"loading {name} ...")
         info = await client.start()
         status.clear()
+        log_memory(opening, client.pid)
         greeting = (
             f"serving {name} on {url_of(listener)} "
             f"(n_ctx {info.n_ctx}, {settings.n_parallel} in parallel, {info.device})"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from nanorun.library.bundled import BUNDLED_MODELS
 from nanorun.library.catalog import CATALOG, KnownModel
-from nanorun.library.local import BUNDLED_MODEL, models_folder, resolve_model
+from nanorun.library.local import models_folder, resolve_model
 
-__all__ = ["BUNDLED_MODEL", "CATALOG", "KnownModel", "models_folder", "resolve_model"]
+__all__ = ["BUNDLED_MODELS", "CATALOG", "KnownModel", "models_folder", "resolve_model"]

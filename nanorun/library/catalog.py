@@ -14,7 +14,7 @@ class KnownModel:
     name: str
     summary: str
     repository: str | None
-    """On the Hugging Face Hub; None for the model that nanorun brings along."""
+    """On the Hugging Face Hub; None for the models that nanorun brings along."""
     arch: HybridArch | None = None
     """Its shape, where the sizes are published; enough to plan without a file."""
 
@@ -90,6 +90,11 @@ _MODELS = (
     KnownModel(
         "pico",
         "Comes with nanorun: arithmetic at Nano's architecture, a few MB",
+        None,
+    ),
+    KnownModel(
+        "pico-mtp",
+        "pico with an MTP head, which drafts tokens ahead",
         None,
     ),
     KnownModel(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import os
 import shlex
 import shutil
@@ -13,16 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanorun import __version__
 from nanorun.errors import ModelError, NanorunError, UsageError
+from nanorun.library.bundled import BUNDLED_MODELS, BundledFiles
 from nanorun.library.catalog import CATALOG, KnownModel
 
 if TYPE_CHECKING:
     from nanorun_converters.convert import ConvertProgress
 
-BUNDLED_MODEL = "pico"
 BUNDLED_RECIPE = "q8_0"
-BUNDLED_SOURCE = Path(__file__).parents[1] / "data" / BUNDLED_MODEL
 CACHE_VARIABLE = "NANORUN_CACHE_DIR"
 """The environment variable that names another folder than the platform's cache."""
 
@@ -51,8 +48,8 @@ def _cache_folder() -> Path:
 def resolve_model(name_or_path: str, *, progress: Progress | None = None) -> Path:
     """The GGUF file that a name of the library or a path stands for.
 
-    `pico` is converted on its first use. A name of the library wins over a file of that name in
-    the working folder; `./pico` means the file.
+    What comes with nanorun is converted on its first use. A name of the library wins over a file
+    of that name in the working folder; `./pico` means the file.
 
     Args:
         name_or_path: What a person wrote as MODEL.
@@ -61,10 +58,11 @@ def resolve_model(name_or_path: str, *, progress: Progress | None = None) -> Pat
     Raises:
         UsageError: If nothing is called so.
         ModelError: If it is no GGUF, or a model that is not on this machine.
-        NanorunError: If pico cannot be written to the cache.
+        NanorunError: If a bundled model cannot be written to the cache.
     """
-    if name_or_path == BUNDLED_MODEL:
-        return _bundled_model(progress)
+    bundled = BUNDLED_MODELS.get(name_or_path)
+    if bundled is not None:
+        return _bundled_model(bundled, progress)
     known = _known(name_or_path)
     if known is not None and known.repository is not None:
         raise _not_here(known, known.repository)
@@ -92,31 +90,30 @@ def _known(text: str) -> KnownModel | None:
     return next(named, None)
 
 
-def _bundled_model(progress: Progress | None) -> Path:
+def _bundled_model(source: BundledFiles, progress: Progress | None) -> Path:
     folder = models_folder()
-    name = f"{BUNDLED_MODEL}-{BUNDLED_RECIPE}-{_fingerprint(BUNDLED_SOURCE)}.gguf"
-    target = folder / name
+    target = folder / f"{source.name}-{BUNDLED_RECIPE}-{source.fingerprint()}.gguf"
     if not target.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _convert_bundled(target, progress)
+            _convert_bundled(source, target, progress)
         except OSError as error:
             raise NanorunError(
                 f"{target} cannot be written: {error.strerror or error}",
-                tries=[f"{CACHE_VARIABLE}=FOLDER nanorun run {BUNDLED_MODEL}"],
+                tries=[f"{CACHE_VARIABLE}=FOLDER nanorun run {source.name}"],
             ) from error
     return target
 
 
-def _convert_bundled(target: Path, progress: Progress | None) -> None:
+def _convert_bundled(source: BundledFiles, target: Path, progress: Progress | None) -> None:
     """Convert in a folder of its own, then rename: two first uses at once cannot meet."""
     from nanorun_converters.convert import convert
     from nanorun_converters.plan import ConvertOptions
 
-    work = Path(tempfile.mkdtemp(prefix=f".{BUNDLED_MODEL}-", dir=target.parent))
+    work = Path(tempfile.mkdtemp(prefix=f".{source.name}-", dir=target.parent))
     try:
         made = work / target.name
-        convert(BUNDLED_SOURCE, ConvertOptions(out=made, recipe=BUNDLED_RECIPE), progress)
+        convert(source, ConvertOptions(out=made, recipe=BUNDLED_RECIPE), progress)
         try:
             made.replace(target)
         except PermissionError:
@@ -125,15 +122,6 @@ def _convert_bundled(target: Path, progress: Progress | None) -> None:
                 raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
-
-
-def _fingerprint(source: Path) -> str:
-    """Twelve hex digits that change with the source model and with the converter's version."""
-    digest = hashlib.sha256(__version__.encode())
-    for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix != ".md":
-            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:12]
 
 
 def _not_here(known: KnownModel, repository: str) -> ModelError:

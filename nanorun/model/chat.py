@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
+Priority = Literal["interactive", "background"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
 
@@ -37,6 +38,15 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
+    """The schema as JSON, the regular expression, or a grammar in llguidance's Lark."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateOptions:
     """How to answer. None means the model family's own default for the mode."""
 
@@ -49,12 +59,34 @@ class GenerateOptions:
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
+    repetition_penalty: float | None = None
+    """Divides the logits of tokens that the reply has used lately; 1 changes nothing."""
+    frequency_penalty: float | None = None
+    """Lowers them by this much for every time they were used."""
+    presence_penalty: float | None = None
+    """Lowers them by this much once."""
+    penalty_last_n: int | None = None
+    """Tokens that the penalties look back on; None for 64, -1 for the whole reply."""
+    dry_multiplier: float | None = None
+    """Strength of DRY, which punishes repeating sequences; 0 and None switch it off."""
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    logprobs: int | None = None
+    """Report each token's log-probability and those of that many alternatives."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Tokens made likelier or, at -100, impossible; forced tokens of the reasoning dial are not."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it. Thinking is not searched."""
     tools: tuple[dict[str, Any], ...] = ()
     """Tools in OpenAI's form (`{"type": "function", "function": {...}}`)."""
+    priority: Priority = "interactive"
+    """A background reply is suspended while interactive ones need its place."""
+    tool_choice: Literal["auto", "required"] = "auto"
+    """Whether a tool must be called."""
+    parallel_tool_calls: bool = True
+    """Whether a reply may hold several calls."""
+    grammar: Grammar | None = None
+    """Holds the answer (not the thinking) to a form; tool calls stay possible."""
     ignore_eos: bool = False
     """Go on past the end of the turn, for benchmarks."""
     keep_thinking: bool = False
@@ -75,6 +107,10 @@ class Usage:
     """Where that state was."""
     thinking_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    """Tokens that were guessed ahead."""
+    accepted_tokens: int = 0
+    """Those of them that the reply kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +149,17 @@ class TextDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely a token was; sent, if asked for, before the text it is part of."""
+
+    piece: bytes
+    logprob: float
+    """Natural logarithm, before temperature and filters."""
+    alternatives: tuple[tuple[bytes, float], ...] = ()
+    in_thinking: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallDelta:
     """A tool call, complete; `problem` says what was wrong with it, if anything."""
 
@@ -139,7 +186,26 @@ class Finished:
     """The stop string that ended the answer, if one did."""
 
 
-Event = PrefillProgress | ThinkingDelta | TextDelta | ToolCallDelta | Notice | Finished
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What an engine holds right now."""
+
+    n_running: int
+    n_waiting: int
+    n_sequences: int
+    """Sequences on the device, running or kept for later prompts."""
+    n_cells: int
+    """KV cells of the context."""
+    n_cells_used: int
+    checkpoint_bytes: int
+    """Host memory of the states saved along the sequences."""
+    archive_bytes: int
+    """Host memory of the sequences that left the device."""
+
+
+Event = (
+    PrefillProgress | ThinkingDelta | TextDelta | TokenLogprobs | ToolCallDelta | Notice | Finished
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,6 @@ llama-memory-recurrent.cpp). They need an architecture, not a file and not an en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-
 from nanorun.model.arch import HybridArch, LayerKind
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile
@@ -18,23 +16,9 @@ N_CTX_MULTIPLE = 256
 _STATE_ELEMENT_BYTES = GgmlType.F32.type_size
 
 
-def n_params(specs: Iterable[TensorSpec]) -> int:
-    """Numbers in all tensors of `specs` together, as llama.cpp counts parameters."""
-    return sum(spec.n_elements for spec in specs)
-
-
 def weights_bytes(gguf: GgufFile) -> int:
     """Bytes of a file's tensors, without its header and the padding between them."""
     return sum(tensor.n_bytes for tensor in gguf.tensors.values())
-
-
-def planned_weights_bytes(specs: Iterable[TensorSpec], types: Mapping[str, GgmlType]) -> int:
-    """Bytes the tensors of `specs` would have in the types given by name.
-
-    Raises:
-        ValueError: If a type's block does not divide a row.
-    """
-    return sum(tensor_bytes(spec, types[spec.name]) for spec in specs)
 
 
 def tensor_bytes(spec: TensorSpec, type_: GgmlType) -> int:

@@ -6,15 +6,20 @@ engine would refuse or abort on (gaps between tensors, rows that are not whole b
 here first, with the file, the key or tensor, what was expected and what was found.
 
 Layout: magic, version, tensor count, key count; keys; tensor directory; padding; tensor data.
+
+A model may be split into several files: the first holds the keys, each a directory of its own
+tensors, and `split.no` of `split.count`. They are read as one, by the first.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from nanorun.errors import ModelError
 from nanorun.model.ggml_type import GgmlType
@@ -22,6 +27,8 @@ from nanorun.model.ggml_type import GgmlType
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
 KEY_ALIGNMENT = "general.alignment"
+KEY_SPLIT_NO, KEY_SPLIT_COUNT = "split.no", "split.count"
+KEY_SPLIT_TENSORS = "split.tensors.count"
 
 # Far above real files (131072 tokens, 270000 merges, 11 MB headers), low enough to stay harmless
 # when a 60 GB file claims that all of it is one string.
@@ -33,6 +40,8 @@ MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 
 _READ_AHEAD_BYTES = 2**20
+# llama.cpp finds the other files of a split by this form of the first one's name, and no other.
+_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})\.gguf")
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
@@ -44,6 +53,13 @@ _NUMBER_FORMATS = {
 T = TypeVar("T", str, int, float, bool, list[Any])
 
 
+class ByteStream(Protocol):
+    """Something that gives bytes in order: an open file, or the body of an answer."""
+
+    def read(self, n_bytes: int, /) -> bytes:
+        """The next `n_bytes`, fewer at the end only."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One entry of the tensor directory, checked."""
@@ -52,8 +68,10 @@ class TensorInfo:
     type: GgmlType
     shape: tuple[int, ...]
     """Numpy order, outermost first; the file stores it reversed."""
+    path: Path
+    """The file that holds the data: that of the model, or one of those it is split into."""
     offset: int
-    """First byte of the data, counted from the start of the file."""
+    """First byte of the data, counted from the start of that file."""
     n_bytes: int
 
     @property
@@ -63,19 +81,38 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class GgufFile:
-    """What a GGUF file says about itself."""
+class GgufPart:
+    """One of the files that a GGUF lies in; usually the only one."""
 
     path: Path
+    file_bytes: int
+    data_offset: int
+    """Where the data of its first tensor starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufFile:
+    """What a GGUF says about itself, in one file or in several."""
+
+    path: Path
+    """The file, or the first of several; the engine opens all by it."""
     version: int
     alignment: int
     metadata: dict[str, Any]
     """Keys in file order; arrays are lists."""
     tensors: dict[str, TensorInfo]
-    """By name, in file order."""
-    file_bytes: int
-    data_offset: int
-    """Where the data of the first tensor starts."""
+    """By name, in file order, those of all parts."""
+    parts: tuple[GgufPart, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the file, or of all files together."""
+        return sum(part.file_bytes for part in self.parts)
+
+    @property
+    def data_offset(self) -> int:
+        """Bytes of the header, that of the first file: where the data of its tensors starts."""
+        return self.parts[0].data_offset
 
     @property
     def architecture(self) -> str:
@@ -116,17 +153,65 @@ class GgufFile:
 
 
 def read_gguf(path: str | Path, *, check_data: bool = True) -> GgufFile:
-    """Read and check the header of a GGUF file.
+    """Read and check the header of a GGUF file, or of all files of one that is split.
 
     Args:
-        path: The file.
+        path: The file; of a split one, the first.
         check_data: Whether the file must hold the tensors' data; without, a file that ends after
             its header will do.
 
     Raises:
-        ModelError: If the file is missing, is no GGUF, or contradicts itself.
+        ModelError: If a file is missing, is no GGUF, or contradicts itself or the others.
     """
-    path = Path(path)
+    first = read_part(Path(path), check_data=check_data)
+
+    def read_other(other: Path) -> GgufFile:
+        if not other.exists():
+            n_files = first.find(KEY_SPLIT_COUNT, int)
+            raise ModelError(
+                f"{other}: no such file", facts=[f"{first.path} is split into {n_files} files"]
+            )
+        return read_part(other, check_data=check_data)
+
+    return join_parts(first, read_other)
+
+
+def join_parts(first: GgufFile, read: Callable[[Path], GgufFile]) -> GgufFile:
+    """The whole that a file is the first of; `read` reads the others.
+
+    Raises:
+        ModelError: If it is not the first, or the files contradict one another.
+    """
+    paths = _split_paths(first)
+    if len(paths) == 1:
+        return first
+    files = [first]
+    for i, other in enumerate(paths[1:], start=1):
+        files.append(read(other))
+        _check_number(files[-1], i, len(paths))
+    return _joined(files)
+
+
+def read_stream(stream: ByteStream, path: Path, file_bytes: int) -> GgufFile:
+    """Read and check a header from wherever its bytes come from, in order.
+
+    Args:
+        stream: The file from its start on.
+        path: What it is called in messages.
+        file_bytes: Its size, which the tensors' data must keep to.
+
+    Raises:
+        ModelError: As `read_gguf`.
+    """
+    return _Reader(stream, path, file_bytes).read(True)
+
+
+def read_part(path: Path, *, check_data: bool = True) -> GgufFile:
+    """Read and check one file for itself, also where it is one of several.
+
+    Raises:
+        ModelError: As `read_gguf`.
+    """
     try:
         file_bytes = path.stat().st_size
         if not path.is_file():
@@ -137,11 +222,55 @@ def read_gguf(path: str | Path, *, check_data: bool = True) -> GgufFile:
         raise ModelError(f"{path}: {error.strerror or error}") from error
 
 
+def _split_paths(first: GgufFile) -> list[Path]:
+    """The files of a GGUF, given the one that must be the first."""
+    n_files = first.find(KEY_SPLIT_COUNT, int)
+    if n_files in (None, 0, 1):
+        return [first.path]
+    path, number = first.path, first.require(KEY_SPLIT_NO, int)
+    if number != 0:
+        start = re.sub(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", str(path))
+        raise ModelError(
+            f"{path} is file {number + 1} of the {n_files} that a model is split into",
+            facts=[f"a split model is opened by its first file, {start}"],
+        )
+    named = _SPLIT_NAME.fullmatch(path.name)
+    if named is None or int(named[2]) != n_files:
+        expected = f"a name that ends in -00001-of-{n_files:05}.gguf"
+        raise ModelError(f"{path}: key {KEY_SPLIT_COUNT!r}: {n_files} files: expected {expected}")
+    return [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[2]}.gguf") for i in range(n_files)]
+
+
+def _check_number(file: GgufFile, number: int, n_files: int) -> None:
+    for key, expected in ((KEY_SPLIT_NO, number), (KEY_SPLIT_COUNT, n_files)):
+        found = file.require(key, int)
+        if found != expected:
+            raise ModelError(f"{file.path}: key {key!r}: expected {expected}, found {found}")
+
+
+def _joined(files: list[GgufFile]) -> GgufFile:
+    """The files as one, which has the keys of the first."""
+    first, tensors = files[0], dict[str, TensorInfo]()
+    for file in files:
+        for name, tensor in file.tensors.items():
+            if name in tensors:
+                there = tensors[name].path.name
+                raise ModelError(f"{file.path}: tensor {name!r}: it is in {there} as well")
+            tensors[name] = tensor
+    n_tensors = first.require(KEY_SPLIT_TENSORS, int)
+    if len(tensors) != n_tensors:
+        raise ModelError(
+            f"{first.path}: key {KEY_SPLIT_TENSORS!r}: expected {n_tensors} tensors in"
+            f" {len(files)} files, found {len(tensors)}"
+        )
+    return replace(first, tensors=tensors, parts=tuple(p for file in files for p in file.parts))
+
+
 @dataclass(slots=True)
 class _Reader:
     """A cursor over the header; `_need` is the only place that reads the file."""
 
-    stream: BinaryIO
+    stream: ByteStream
     path: Path
     file_bytes: int
     where: str = "header"
@@ -157,9 +286,8 @@ class _Reader:
         self.where = "header"
         data_offset = _align(self.position, alignment) if n_tensors else self.position
         tensors = self._place(directory, data_offset, alignment, check_data)
-        return GgufFile(
-            self.path, version, alignment, metadata, tensors, self.file_bytes, data_offset
-        )
+        part = GgufPart(self.path, self.file_bytes, data_offset)
+        return GgufFile(self.path, version, alignment, metadata, tensors, (part,))
 
     def _read_counts(self) -> tuple[int, int, int]:
         magic = self._bytes(4)
@@ -270,7 +398,8 @@ class _Reader:
             if check_data and end > self.file_bytes:
                 size = f"a file of {self.file_bytes} bytes (it is truncated)"
                 self._refuse(f"data up to byte {end}", size)
-            tensors[name] = TensorInfo(name, type_, shape, data_offset + offset, n_bytes)
+            at = data_offset + offset
+            tensors[name] = TensorInfo(name, type_, shape, self.path, at, n_bytes)
             expected = _align(offset + n_bytes, alignment)
         return tensors
 

@@ -20,6 +20,7 @@ _SIZE_UNITS = {
     "t": TIB, "tib": TIB, "tb": 10**12,
 }  # fmt: skip
 _COUNT_UNITS = {"": 1, "k": KIB, "m": MIB}
+_DURATION_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _NUMBER_AND_UNIT = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([a-z]*)", re.ASCII)
 
 
@@ -51,6 +52,18 @@ def parse_count(text: str) -> int:
             facts=["write it as 8192, 256k (262144) or 1M (1048576)"],
         )
     return int(n_tokens)
+
+
+def parse_duration(text: str) -> float:
+    """Seconds named by `90`, `30s`, `5m`, `2h` or `1d`.
+
+    Raises:
+        UsageError: If the text is no duration.
+    """
+    seconds = _parse(text, _DURATION_UNITS)
+    if seconds is None:
+        raise UsageError(f"not a duration: {text!r}", facts=["write it as 90, 30s, 5m, 2h or 1d"])
+    return float(seconds)
 
 
 def format_gib(n_bytes: int) -> str:

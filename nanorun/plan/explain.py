@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nanorun.plan.hardware import Hardware
     from nanorun.plan.memory_plan import Plan, Wish
 
+_CONFIG_N_CTX = 262144
+
 
 def decisions(plan: Plan) -> list[str]:
     """One line for each decision of a plan."""
@@ -125,6 +127,10 @@ def _allowances(plan: Plan) -> str:
 
 def _limits(plan: Plan) -> list[str]:
     hardware, lines = plan.hardware, []
+    if hardware.disk_bandwidth:
+        load_s = plan.shape.weights_bytes / hardware.disk_bandwidth
+        rate = hardware.disk_bandwidth / 1e9
+        lines.append(f"loading: about {load_s:.0f} s from a disk that reads {rate:.1f} GB/s")
     if hardware.host.limit:
         lines.append(f"main memory: {hardware.host.limit}")
     if hardware.is_unified:
@@ -158,19 +164,33 @@ def shortfall(use: DeviceUse, settings: Settings, hardware: Hardware) -> list[st
 
 
 def what_would_help(shape: ModelShape, wish: Wish, longest: int | None) -> list[str]:
-    """Commands that would work, nearest to the wish first."""
-    name = shlex.quote(shape.name)
+    """Commands that would work, nearest to the wish first; the last ones need another machine."""
+    again = f"nanorun {wish.command} {shlex.quote(shape.name)}"
+    n_ctx = wish.n_ctx or "max"
     tries: list[str] = []
     if longest and wish.n_ctx and longest < wish.n_ctx:
-        tries.append(f"nanorun plan {name} --n-ctx {longest}")
+        tries.append(f"{again} --n-ctx {longest}")
     if wish.type_kv is GgmlType.F16:
-        tries.append(f"nanorun plan {name} --n-ctx {wish.n_ctx or 'max'} --kv q8_0")
+        tries.append(f"{again} --n-ctx {n_ctx} --kv q8_0")
     if wish.n_parallel > 1:
-        tries.append(f"nanorun plan {name} --n-ctx {wish.n_ctx or 'max'} --parallel 1")
+        tries.append(f"{again} --n-ctx {n_ctx} --parallel 1")
     if shape.name != "nano-4b":
         tries.append("nanorun plan nano-4b")
     if shape.repository:
-        n_ctx = wish.n_ctx or shape.arch.n_ctx_train
-        tries.append(f"vllm serve {shape.repository} --max-model-len {n_ctx}")
-    tries.append("nanorun chat --endpoint http://OTHER-MACHINE:8080/v1")
+        tries.append(vllm_command(shape, wish))
+        tries.append("nanorun chat --endpoint http://THAT-MACHINE:8000")
+    else:
+        tries.append("nanorun chat --endpoint http://OTHER-MACHINE:8080")
     return tries
+
+
+def vllm_command(shape: ModelShape, wish: Wish) -> str:
+    """What serves the source model with vLLM, on a machine that holds it."""
+    n_ctx = wish.n_ctx or shape.arch.n_ctx_train
+    command = (
+        f"vllm serve {shape.repository} --max-model-len {n_ctx} --max-num-seqs {wish.n_parallel}"
+        " --trust-remote-code --reasoning-parser nemotron_v3"
+        " --enable-auto-tool-choice --tool-call-parser qwen3_coder"
+    )
+    # NVIDIA's config.json names a quarter of what the models were trained for.
+    return f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 {command}" if n_ctx > _CONFIG_N_CTX else command

@@ -8,10 +8,8 @@ container's limit counts before the machine's RAM, and an accelerator that share
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nanorun.errors import LibraryError, UsageError
+from nanorun.model.cuda import visible_gpus
 from nanorun.plan.cgroups import memory_limit, n_cpus_allowed
+from nanorun.plan.cores import Cores, detect_cores
 
 HOST = "CPU"
 """The host's name among the devices of a plan, as the engine calls it."""
@@ -51,7 +51,9 @@ class Host:
     available_bytes: int
     """What a new process can take without pushing another one out, within every limit."""
     n_cores: int
-    """Physical cores that this process may use."""
+    """Physical cores that this process may use; where there are two kinds, the fast ones."""
+    n_slow_cores: int = 0
+    """Cores of a slower kind beside them (E-cores, LITTLE), which the engine leaves idle."""
     bandwidth: float = 0.0
     """Bytes of main memory read per second by all cores together; 0 if unknown."""
     flops: float = 0.0
@@ -69,6 +71,8 @@ class Hardware:
     unusable: tuple[Accelerator, ...] = ()
     """GPUs that are there, but that the installed engine was not built for."""
     disk_free_bytes: int = 0
+    disk_bandwidth: float = 0.0
+    """Bytes read per second where models are kept; 0 if unknown."""
 
     @property
     def is_unified(self) -> bool:
@@ -145,6 +149,7 @@ def read_profile(path: Path) -> Hardware:
             host=Host(**data["host"]),
             accelerators=tuple(Accelerator(**gpu) for gpu in data.get("accelerators", ())),
             disk_free_bytes=data.get("disk_free_bytes", 0),
+            disk_bandwidth=data.get("disk_bandwidth", 0.0),
         )
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
@@ -180,12 +185,13 @@ def _detect_host() -> Host:
     available, note = int(memory.available), None
     if limit is not None and limit.free_bytes < available:
         available, note = limit.free_bytes, limit.description
-    n_cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    cores = detect_cores() or Cores(psutil.cpu_count(logical=False) or psutil.cpu_count() or 1)
     return Host(
         description=_cpu_name(),
         total_bytes=min(int(memory.total), limit.total_bytes if limit else int(memory.total)),
         available_bytes=available,
-        n_cores=min(n_cores, n_cpus_allowed()),
+        n_cores=min(cores.n_fast, n_cpus_allowed()),
+        n_slow_cores=cores.n_slow,
         limit=note,
     )
 
@@ -213,28 +219,11 @@ def detect_nvidia(host: Host) -> list[Accelerator]:
         return []
     try:
         handles = [
-            nvml.nvmlDeviceGetHandleByIndex(i)
-            for i in _visible(nvml.nvmlDeviceGetCount(), os.environ.get("CUDA_VISIBLE_DEVICES"))
+            nvml.nvmlDeviceGetHandleByIndex(i) for i in visible_gpus(nvml.nvmlDeviceGetCount())
         ]
         return [_accelerator(nvml, handle, i, host) for i, handle in enumerate(handles)]
     finally:
         nvml.nvmlShutdown()
-
-
-def _visible(n_devices: int, setting: str | None) -> list[int]:
-    """Indices that CUDA_VISIBLE_DEVICES leaves, in its order; other ways to name one keep all."""
-    if setting is None:
-        return list(range(n_devices))
-    parts = [part.strip() for part in setting.split(",")]
-    if not all(part.lstrip("-").isdigit() for part in parts if part):
-        return list(range(n_devices))
-    indices: list[int] = []
-    for part in parts:
-        # CUDA stops at the first index that is none.
-        if not part or not 0 <= int(part) < n_devices:
-            break
-        indices.append(int(part))
-    return indices
 
 
 def _accelerator(nvml: Any, handle: Any, i_device: int, host: Host) -> Accelerator:
@@ -272,8 +261,3 @@ def _ask(nvml: Any, function: Any, *args: Any) -> Any:
         return function(*args)
     except nvml.NVMLError:
         return None
-
-
-def total_free(devices: Iterable[Accelerator]) -> int:
-    """Free bytes of several accelerators together."""
-    return sum(device.free_bytes for device in devices)

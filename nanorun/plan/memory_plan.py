@@ -7,6 +7,7 @@ the KV cache, and moves experts to the host only if nothing else helps.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -45,10 +46,14 @@ class Wish:
     """Tokens of context; None for the longest that fits (`max`)."""
     n_parallel: int = 1
     type_kv: GgmlType | None = None
-    n_ubatch: int | None = None
-    n_seq_spare: int | None = None
-    may_split_experts: bool = True
-    """Whether experts may stay on the host while the rest of their layers does not."""
+    keeps_texts: bool = False
+    """Whether the context is to hold many conversations. They share its cells, so it may be longer
+    than the model was trained for, which is a limit for each of them."""
+    speculation: str = "off"
+    """What guesses tokens ahead: `off`, `lookup` or `mtp`; see `EngineOptions`."""
+    n_draft: int = 3
+    command: str = "plan"
+    """The command that has the wish, for suggestions."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ def _plan(
     calibration: Calibration | None,
 ) -> Plan:
     if len(shapes) == 1:
-        plan = _plan_shape(shapes[0], hardware, wish, calibration)
+        plan = plan_shape(shapes[0], hardware, wish, calibration)
     else:
         plan = _choose_recipe(shapes, hardware, wish, calibration)
     if plan is None:
@@ -140,11 +145,11 @@ def _choose_recipe(
                     reason = f"the most bits of which everything fits {where}"
                     return replace(whole, recipe_reason=reason)
     precise = [shape for shape in shapes if shape.bpw >= _ENOUGH_BITS]
-    plans = [p for s in precise if (p := _plan_shape(s, hardware, wish, calibration))]
+    plans = [p for s in precise if (p := plan_shape(s, hardware, wish, calibration))]
     if plans:
         fastest = max(plans, key=lambda plan: plan.speed.decode_tps)
         return replace(fastest, recipe_reason="the fastest of those with 4 bits and more")
-    rest = (_plan_shape(s, hardware, wish, calibration) for s in shapes if s not in precise)
+    rest = (plan_shape(s, hardware, wish, calibration) for s in shapes if s not in precise)
     first = next((plan for plan in rest if plan), None)
     return first and replace(first, recipe_reason="the most bits that fit")
 
@@ -156,24 +161,30 @@ def check_wish(shape: ModelShape, wish: Wish) -> None:
         UsageError: Naming the number and the limit.
     """
     n_train, n_ctx = shape.arch.n_ctx_train, wish.n_ctx
-    if n_ctx is not None and not 0 < n_ctx <= n_train:
+    is_too_long = n_ctx is not None and n_ctx > n_train * max(1, wish.n_parallel)
+    if n_ctx is not None and (n_ctx < 1 or (is_too_long and not wish.keeps_texts)):
+        each = f" for each of {wish.n_parallel} requests" if wish.n_parallel > 1 else ""
         raise UsageError(
-            f"n_ctx {n_ctx:,} is outside what {shape.name} was trained for: 1 to {n_train:,}",
-            tries=[f"nanorun plan {shape.name} --n-ctx max"],
+            f"n_ctx {n_ctx:,} is outside what {shape.name} was trained for: 1 to {n_train:,}{each}",
+            tries=[f"nanorun {wish.command} {shlex.quote(shape.name)} --n-ctx max"],
         )
-    n_seq = wish.n_parallel + (wish.n_seq_spare or 0)
-    if wish.n_parallel < 1 or n_seq > MAX_SEQUENCES:
+    if wish.speculation == "mtp" and not shape.arch.n_layer_nextn:
         raise UsageError(
-            f"{n_seq} sequences asked for, but the engine keeps 1 to {MAX_SEQUENCES} apart",
-            tries=[f"nanorun plan {shape.name} --parallel {min(8, MAX_SEQUENCES)}"],
+            f"{shape.name} has no MTP head",
+            facts=["guessing from earlier text needs none"],
+            tries=[f"nanorun {wish.command} {shlex.quote(shape.name)} --draft lookup"],
+        )
+    if not 1 <= wish.n_parallel <= MAX_SEQUENCES:
+        raise UsageError(
+            f"{wish.n_parallel} sequences asked for, but the engine keeps 1 to {MAX_SEQUENCES}"
+            " apart",
+            tries=[f"nanorun {wish.command} {shlex.quote(shape.name)} --parallel 8"],
         )
 
 
 def longest_n_ctx(shape: ModelShape, hardware: Hardware, wish: Wish) -> int | None:
     """The longest context that fits at all, or None if not even the shortest does."""
-    return _longest(
-        shape, hardware, wish, lambda s, h, tried: _place(s, h, tried, wish) is not None
-    )
+    return _longest(shape, hardware, wish, lambda s, h, tried: _place(s, h, tried) is not None)
 
 
 def _longest(
@@ -199,23 +210,26 @@ def _fits(shape: ModelShape, hardware: Hardware, settings: Settings) -> bool:
     return all(use.spare_bytes >= 0 for use in device_uses(shape, settings, hardware))
 
 
-def _plan_shape(
-    shape: ModelShape, hardware: Hardware, wish: Wish, calibration: Calibration | None
+def plan_shape(
+    shape: ModelShape, hardware: Hardware, wish: Wish, calibration: Calibration | None = None
 ) -> Plan | None:
-    """The plan for a shape: whole on one kind of device if that fits, else spread."""
+    """The plan for one shape and a wish that can be meant; None if nothing fits.
+
+    All on accelerators if that fits, else spread over them and the host.
+    """
     if hardware.accelerators:
         plan = _plan_whole(shape, hardware, wish, calibration, _FRUGAL)
         if plan is not None:
             return plan
     n_ctx = wish.n_ctx or longest_n_ctx(shape, hardware, wish)
     frugal = _smallest(replace(wish, n_ctx=n_ctx), hardware) if n_ctx else None
-    if frugal is None or _place(shape, hardware, frugal, wish) is None:
+    if frugal is None or _place(shape, hardware, frugal) is None:
         return None
     economies = list(_economies(replace(wish, n_ctx=n_ctx), hardware, _FRUGAL))
     if hardware.accelerators:
         # Each byte on the accelerator is better spent on experts than on comfort.
         economies = _representatives(economies)
-    placed = (_place(shape, hardware, settings, wish) for settings in economies)
+    placed = (_place(shape, hardware, settings) for settings in economies)
     plans = (
         Plan(shape, _with_checkpoints(shape, hardware, settings), hardware, wish, calibration)
         for settings in placed
@@ -264,13 +278,12 @@ def _economies(wish: Wish, hardware: Hardware, most_cost: int) -> Iterator[Setti
     """Settings that meet the wish, from the most comfortable to the most frugal."""
     assert wish.n_ctx is not None
     kv_types = [wish.type_kv] if wish.type_kv else list(_kv_types(hardware))
-    ubatches = [wish.n_ubatch] if wish.n_ubatch else list(_UBATCHES)
     most = MAX_SEQUENCES - wish.n_parallel
-    spares = [n for n in _SPARES if n <= most] if wish.n_seq_spare is None else [wish.n_seq_spare]
+    spares = [n for n in _SPARES if n <= most]
     choices = [
         (_KV_COSTS.get(kv, 0) + _UBATCHES.get(n_ubatch, 0) + _SPARES.get(spare, 0), i, settings)
         for i, (kv, n_ubatch, spare) in enumerate(
-            (kv, n_ubatch, spare) for kv in kv_types for n_ubatch in ubatches for spare in spares
+            (kv, n_ubatch, spare) for kv in kv_types for n_ubatch in _UBATCHES for spare in spares
         )
         for settings in [_settings(wish, kv, n_ubatch, spare)]
     ]
@@ -287,7 +300,7 @@ def _kv_types(hardware: Hardware) -> tuple[GgmlType, ...]:
 def _smallest(wish: Wish, hardware: Hardware) -> Settings:
     """The most frugal settings that are chosen without being asked for."""
     kv = wish.type_kv or _kv_types(hardware)[-1]
-    return _settings(wish, kv, wish.n_ubatch or min(_UBATCHES), wish.n_seq_spare or 0)
+    return _settings(wish, kv, min(_UBATCHES), 0)
 
 
 def _settings(wish: Wish, kv: GgmlType, n_ubatch: int, n_seq_spare: int) -> Settings:
@@ -295,36 +308,32 @@ def _settings(wish: Wish, kv: GgmlType, n_ubatch: int, n_seq_spare: int) -> Sett
     return Settings(
         n_ctx=padded_n_ctx(wish.n_ctx), n_parallel=wish.n_parallel, n_seq_spare=n_seq_spare,
         n_ubatch=n_ubatch, type_k=kv, type_v=kv, checkpoint_bytes=0, archive_bytes=0,
+        n_rs_seq=0 if wish.speculation == "off" else wish.n_draft,
+        with_mtp=wish.speculation == "mtp",
     )  # fmt: skip
 
 
 # -- placement ----------------------------------------------------------------------------------
 
 
-def _place(
-    shape: ModelShape, hardware: Hardware, settings: Settings, wish: Wish
-) -> Settings | None:
+def _place(shape: ModelShape, hardware: Hardware, settings: Settings) -> Settings | None:
     """The settings with as much on the accelerators as fits, or None."""
     settings = _with_least_checkpoints(shape, settings)
-    for candidate in _placements(shape, hardware, settings, wish):
+    for candidate in _placements(shape, hardware, settings):
         if _fits(shape, hardware, candidate):
             return candidate
     return None
 
 
-def _placements(
-    shape: ModelShape, hardware: Hardware, settings: Settings, wish: Wish
-) -> Iterator[Settings]:
+def _placements(shape: ModelShape, hardware: Hardware, settings: Settings) -> Iterator[Settings]:
     if hardware.accelerators:
         yield settings
-        yield from _offloads(shape, hardware, settings, wish)
+        yield from _offloads(shape, hardware, settings)
     if not hardware.is_unified:
         yield replace(settings, n_gpu_layers=0)
 
 
-def _offloads(
-    shape: ModelShape, hardware: Hardware, settings: Settings, wish: Wish
-) -> Iterator[Settings]:
+def _offloads(shape: ModelShape, hardware: Hardware, settings: Settings) -> Iterator[Settings]:
     """The fewest experts, or else layers, on the host for which the accelerators suffice."""
     if hardware.is_unified:
         return
@@ -337,7 +346,7 @@ def _offloads(
     steps = [
         replace(settings, n_cpu_moe=i + 1)
         for i, layer in enumerate(shape.layers[:n_layer])
-        if layer.experts and wish.may_split_experts
+        if layer.experts
     ]
     if steps and fits(steps[-1]):
         yield _first_fitting(steps, fits)

@@ -1,4 +1,4 @@
-"""Asks the installed engine, in a process of its own, and compares its answer with the formulas.
+"""Asks the installed engine, in a process of its own.
 
 The engine is not imported here: the child is `python -m nanorun.runtime.probe`.
 """
@@ -14,10 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanorun.errors import EngineDied, EngineError
-from nanorun.model.arch import HybridArch
-from nanorun.model.footprint import kv_bytes, mtp_kv_bytes, output_bytes, state_bytes
-from nanorun.plan.compute_graph import compute_bytes, mtp_compute_bytes
-from nanorun.plan.memory_use import Settings, graph_sizes
+from nanorun.plan.memory_use import Settings
 
 _TIMEOUT_S = 180.0
 _MEASURE_TIMEOUT_S = 3600.0
@@ -29,12 +26,19 @@ PROBED = ("kv", "state", "compute", "output")
 class Measurement:
     """What the engine took when it was run for real."""
 
-    weights_bytes: int
-    context: Mapping[str, int]
-    """By the names of `PROBED`."""
+    weights: Mapping[str, int]
+    """Bytes by the engine's name of the buffer (`CPU_REPACK`, `CUDA0`); so are the next four."""
+    kv: Mapping[str, int]
+    state: Mapping[str, int]
+    compute: Mapping[str, int]
+    output: Mapping[str, int]
+    gpu_bytes: Mapping[str, int]
+    """What the process took of each GPU, as the driver counts; empty without one."""
     base_bytes: int
     """The process before it loaded anything."""
     resident_bytes: int
+    proportional_bytes: int | None
+    """The same with shared pages counted in parts (PSS); None where the kernel does not say."""
     peak_bytes: int
     load_s: float
     prefill_tps: float
@@ -42,33 +46,23 @@ class Measurement:
 
 
 def probe_contexts(path: Path, settings: Sequence[Settings]) -> list[dict[str, int]]:
-    """What the engine says each context would take on the host, without loading weights.
+    """What the engine says each context would take, on all devices, without loading weights.
+
+    Args:
+        path: The model, or a file with no more than its header.
+        settings: At least one; all place the layers as the first does.
 
     Raises:
         EngineError: If the engine refuses, or dies.
     """
-    request = {"verb": "probe", "path": str(path), "contexts": [_context(s) for s in settings]}
+    request = {
+        "verb": "probe",
+        "path": str(path),
+        "placement": _placement(settings[0]),
+        "contexts": [_context(s) for s in settings],
+    }
     answer = _ask(request, _TIMEOUT_S)
     return [_flat(context) for context in answer["contexts"]]
-
-
-def predicted_context(arch: HybridArch, settings: Settings) -> dict[str, int]:
-    """The same by the formulas."""
-    sizes, s = graph_sizes(settings), settings
-    # Rows for drafted tokens are added when they are first asked for.
-    if settings.with_mtp:
-        return {
-            "kv": mtp_kv_bytes(arch, s.n_ctx, s.type_k, s.type_v),
-            "state": 0,
-            "compute": mtp_compute_bytes(arch, sizes),
-            "output": output_bytes(arch, s.n_seq_max),
-        }
-    return {
-        "kv": kv_bytes(arch, s.n_ctx, s.type_k, s.type_v),
-        "state": state_bytes(arch, s.n_seq_max, s.n_rs_seq),
-        "compute": compute_bytes(arch, sizes),
-        "output": output_bytes(arch, s.n_seq_max),
-    }
 
 
 def measure(path: Path, settings: Settings, n_fill: int) -> Measurement:
@@ -81,20 +75,11 @@ def measure(path: Path, settings: Settings, n_fill: int) -> Measurement:
     request = {
         "verb": "measure",
         "path": str(path),
-        "context": _context(settings) | {"n_gpu_layers": settings.n_gpu_layers},
+        "placement": _placement(settings),
+        "context": _context(settings),
         "n_fill": n_fill,
     }
-    answer = _ask(request, _MEASURE_TIMEOUT_S)
-    return Measurement(
-        weights_bytes=sum(answer["weights"].values()),
-        context=_flat(answer),
-        base_bytes=answer["base_bytes"],
-        resident_bytes=answer["resident"]["rss"],
-        peak_bytes=answer["peak_bytes"],
-        load_s=answer["load_s"],
-        prefill_tps=answer["prefill_tps"],
-        decode_tps=answer["decode_tps"],
-    )
+    return Measurement(**_ask(request, _MEASURE_TIMEOUT_S))
 
 
 def engine_devices() -> list[dict[str, Any]]:
@@ -105,6 +90,10 @@ def engine_devices() -> list[dict[str, Any]]:
     """
     devices: list[dict[str, Any]] = _ask({"verb": "devices"}, _TIMEOUT_S)["devices"]
     return devices
+
+
+def _placement(settings: Settings) -> dict[str, int]:
+    return {"n_gpu_layers": settings.n_gpu_layers, "n_cpu_moe": settings.n_cpu_moe}
 
 
 def _context(settings: Settings) -> dict[str, Any]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from nanorun.model.footprint import padded_n_ctx
 from nanorun.model.units import format_gib
-from nanorun.plan.compute_graph import mask_bytes
 from nanorun.plan.memory_plan import Plan
 from nanorun.plan.memory_use import PARTS, DeviceUse
-from nanorun.plan.probe import PROBED, Measurement
 
 _BAR_WIDTH = 50
 _TITLES = {
@@ -41,7 +37,7 @@ def plan_keys(plan: Plan) -> dict[str, Any]:
         "n_seq_max": s.n_seq_max,
         "checkpoint_bytes": s.checkpoint_bytes,
         "archive_bytes": s.archive_bytes,
-        "devices": [_device_keys(use) for use in plan.uses],
+        "devices": [device_keys(use) for use in plan.uses],
         "decode_tps": round(plan.speed.decode_tps, 2),
         "prefill_tps": round(plan.speed.prefill_tps, 2),
         "uncertainty": plan.speed.uncertainty,
@@ -50,7 +46,8 @@ def plan_keys(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _device_keys(use: DeviceUse) -> dict[str, Any]:
+def device_keys(use: DeviceUse) -> dict[str, Any]:
+    """One device of a plan as JSON keys."""
     keys = asdict(use)
     free, margin = keys.pop("free_bytes"), keys.pop("margin_bytes")
     total = {"total_bytes": use.total_bytes, "free_bytes": free, "margin_bytes": margin}
@@ -95,56 +92,3 @@ def _bar(use: DeviceUse) -> str:
         end += getattr(use, part) * scale
         bar += _TITLES[part][1] * (round(end) - len(bar))
     return bar.ljust(_BAR_WIDTH, ".")
-
-
-# -- verification -------------------------------------------------------------------------------
-
-
-def comparison(
-    predicted: Mapping[str, int],
-    probed: Mapping[str, int],
-    measured: Measurement,
-    plan: Plan,
-    n_fill: int,
-) -> list[dict[str, Any]]:
-    """Each part as predicted, as the engine reckons without loading, and as it was allocated.
-
-    The last row is the process as a whole, at its peak, with `n_fill` tokens in the context.
-    """
-    rows: list[dict[str, Any]] = [
-        {"part": part, "predicted": predicted[part], "probed": probed[part],
-         "measured": measured.context[part]}
-        for part in PROBED
-    ]  # fmt: skip
-    use, settings = plan.uses[-1], plan.settings
-    weights = use.weights_bytes
-    rows.insert(0, _row("weights", weights, measured.weights_bytes))
-    reserved = weights + sum(predicted[part] for part in PROBED) + use.overhead_bytes
-    # The mask is written as far as the context is used: the rest of it is reserved, not resident.
-    n_used = min(settings.n_ctx, padded_n_ctx(n_fill))
-    untouched = mask_bytes(settings.n_ctx, settings.n_ubatch)
-    untouched -= mask_bytes(n_used, settings.n_ubatch)
-    rows.append(_row("total", reserved - untouched, measured.peak_bytes))
-    for row in rows:
-        row["error"] = _error(row["predicted"], row["measured"])
-    return rows
-
-
-def _row(part: str, predicted: int, measured: int) -> dict[str, Any]:
-    return {"part": part, "predicted": predicted, "probed": None, "measured": measured}
-
-
-def _error(predicted: int, measured: int) -> float:
-    return abs(predicted - measured) / measured if measured else float(predicted != measured)
-
-
-def render_comparison(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The comparison as a table."""
-    lines = [f"{'':<10}{'predicted':>12}{'probed':>12}{'allocated':>12}{'error':>9}"]
-    for row in rows:
-        probed = "" if row["probed"] is None else format_gib(row["probed"])
-        lines.append(
-            f"{row['part']:<10}{format_gib(row['predicted']):>12}{probed:>12}"
-            f"{format_gib(row['measured']):>12}{row['error']:>9.2%}"
-        )
-    return "\n".join(lines) + "\n"

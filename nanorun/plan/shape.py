@@ -13,9 +13,6 @@ from nanorun.model.footprint import tensor_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile
 from nanorun.model.tensor_roles import Role, role_of
-from nanorun_quant.fit import fit_recipe
-from nanorun_quant.recipe import recipe_by_name
-from nanorun_quant.recipes import RECIPES
 
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
 # Recipes for a number format of certain devices; they are taken when asked for.
@@ -110,7 +107,11 @@ class ModelShape:
 def shape_of_gguf(name: str, gguf: GgufFile) -> ModelShape:
     """The shape of a file, or of a header without its data."""
     tensors = [(t.name, t.type, t.n_bytes) for t in gguf.tensors.values()]
-    return ModelShape(name, arch_from_gguf(gguf), _planned(tensors), gguf.n_params, path=gguf.path)
+    source = gguf.find("nanorun.source.repository", str) or ""
+    return ModelShape(
+        name, arch_from_gguf(gguf), _planned(tensors), gguf.n_params, path=gguf.path,
+        repository=source if "/" in source else None,
+    )  # fmt: skip
 
 
 def shape_of_recipe(
@@ -121,6 +122,10 @@ def shape_of_recipe(
     Raises:
         UsageError: If there is no such recipe, or it does not fit the model's rows.
     """
+    # For a file none of it is needed, and answers to `run` should not wait for numpy.
+    from nanorun_quant.fit import fit_recipe
+    from nanorun_quant.recipe import recipe_by_name
+
     fit = fit_recipe(recipe_by_name(recipe), arch)
     types = {name: given.type for name, given in fit.assignments.items()}
     tensors = [(s.name, types[s.name], tensor_bytes(s, types[s.name])) for s in fit.specs]
@@ -133,6 +138,8 @@ def shapes_of_recipes(
     name: str, arch: HybridArch, repository: str | None = None
 ) -> list[ModelShape]:
     """The shapes that nanorun's own recipes give, the largest first."""
+    from nanorun_quant.recipes import RECIPES
+
     shapes = [shape_of_recipe(name, arch, r, repository) for r in RECIPES if r not in _FOR_FORMATS]
     shapes.sort(key=lambda shape: -shape.weights_bytes)
     return shapes

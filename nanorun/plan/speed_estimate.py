@@ -104,8 +104,8 @@ def decode_bytes(shape: ModelShape, settings: Settings, n_past: int = 0) -> int:
     return sum(_work(Placement(shape, settings, ()), settings, n_past).values())
 
 
-def prefill_flops_per_token(arch: HybridArch, n_past: int = 0) -> float:
-    """Multiplications and additions that a token of a prompt costs."""
+def prefill_flops_per_token(arch: HybridArch) -> float:
+    """Multiplications and additions that a token of a prompt costs, with little before it."""
     experts = sum(
         2 * arch.n_expert_used_at(i) * arch.n_ff_exp_at(i) * arch.n_embd_exp
         for i, kind in enumerate(arch.layers)
@@ -119,8 +119,7 @@ def prefill_flops_per_token(arch: HybridArch, n_past: int = 0) -> float:
         arch.n_embd * (arch.ssm_d_in_proj + arch.ssm_d_inner)
         + 3 * arch.ssm_d_state * arch.ssm_d_inner
     )
-    projections = 2 * arch.n_embd * (arch.n_embd_q + arch.n_embd_gqa)
-    attention = n_attention * (projections + 2 * n_past * arch.n_embd_q)
+    attention = n_attention * 2 * arch.n_embd * (arch.n_embd_q + arch.n_embd_gqa)
     return 2.0 * (experts + shared + dense + ssm + attention)
 
 

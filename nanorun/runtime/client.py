@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import sys
+import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
@@ -19,13 +17,22 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from nanorun.errors import EngineDied, EngineError, NanorunError
-from nanorun.model.chat import Event, Finished, GenerateOptions, Message, ModelInfo
+from nanorun.errors import EngineDied, EngineOutOfMemory, MemoryPlanError, NanorunError
+from nanorun.model.chat import (
+    EngineStats,
+    Event,
+    Finished,
+    GenerateOptions,
+    Message,
+    ModelInfo,
+    Notice,
+    PrefillProgress,
+)
 from nanorun.runtime import wire
+from nanorun.runtime.child import Child
 from nanorun.runtime.options import EngineOptions
 
-_N_STDERR_LINES = 40
-_CLOSE_TIMEOUT_S = 5.0
+log = logging.getLogger(__name__)
 
 
 class Client(Protocol):
@@ -73,19 +80,40 @@ class EngineClient:
     Args:
         model: A GGUF file.
         options: How it is opened.
+        smaller: What to try, one after the other, when memory runs out: options, and what they
+            change in words.
+        keep_alive_s: Idle time after which the model is unloaded; the next request loads it again.
+            None to keep it.
     """
 
-    def __init__(self, model: Path, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        options: EngineOptions | None = None,
+        *,
+        smaller: Sequence[tuple[EngineOptions, str]] = (),
+        keep_alive_s: float | None = None,
+    ) -> None:
         self._model = model
         self._options = options or EngineOptions()
+        self._smaller = deque(smaller)
+        self._keep_alive_s = keep_alive_s
         self._ids = count(1)
-        self._child: _Child | None = None
+        self._child: Child | None = None
+        self._info: ModelInfo | None = None
         self._starting = asyncio.Lock()
+        self._notices: list[str] = []
+        self._idle_timer: asyncio.Task[None] | None = None
 
     @property
     def info(self) -> ModelInfo | None:
-        """What the opened model is; None before `start`."""
-        return self._child.info if self._child else None
+        """What the model is; None before the first `start`."""
+        return self._info
+
+    @property
+    def options(self) -> EngineOptions:
+        """How the model is opened now."""
+        return self._options
 
     @property
     def pid(self) -> int | None:
@@ -93,7 +121,7 @@ class EngineClient:
         return self._child.pid if self._child and self._child.alive else None
 
     async def start(self) -> ModelInfo:
-        """Start the child and load the model.
+        """Start the child and load the model, smaller if memory does not suffice.
 
         Raises:
             ModelError: If the file cannot be used.
@@ -101,23 +129,75 @@ class EngineClient:
             EngineDied: If the child ended while loading.
         """
         async with self._starting:
-            if self._child is None or not self._child.alive:
-                child = _Child()
+            if self._child is not None and isinstance(self._child.death, EngineOutOfMemory):
+                self._shrink(self._child.death)
+            while self._child is None or not self._child.alive:
+                child = Child()
                 try:
                     await child.start(self._model, self._options)
+                    self._child = child
+                except (MemoryPlanError, EngineOutOfMemory) as error:
+                    await child.stop()
+                    if not self._shrink(error):
+                        raise
                 except BaseException:
                     await child.stop()
                     raise
-                self._child = child
-            assert self._child.info is not None
-            return self._child.info
+            self._info = self._child.info
+            self.rest()
+            assert self._info is not None
+            return self._info
+
+    def _shrink(self, error: NanorunError) -> bool:
+        """Go on with the next smaller options, if there are any."""
+        if not self._smaller:
+            return False
+        self._options, change = self._smaller.popleft()
+        notice = f"memory ran out, so the model was opened smaller: {change}"
+        log.warning("%s (%s)", notice, error.message)
+        self._notices.append(notice)
+        return True
+
+    async def recover(self, child: Child, error: NanorunError) -> bool:
+        """After `child` ran out of memory: end it, so that the next start is a smaller one.
+
+        Returns:
+            Whether there is something smaller to try.
+        """
+        async with self._starting:
+            if self._child is not child:  # another reply has seen to it
+                return True
+            if child.alive:
+                await child.stop()
+            self._child = None
+            return self._shrink(error)
+
+    def take_notice(self) -> str | None:
+        """Something the person should know before the next reply, once."""
+        return self._notices.pop(0) if self._notices else None
 
     async def close(self) -> None:
         """End the child; replies still running end with `EngineDied`."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         async with self._starting:
             if self._child is not None:
                 await self._child.stop()
                 self._child = None
+
+    def rest(self) -> None:
+        """Begin to count idle time, at the end of anything that kept the engine busy."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+        if self._keep_alive_s is not None:
+            self._idle_timer = asyncio.create_task(self._unload_after(self._keep_alive_s))
+
+    async def _unload_after(self, idle_s: float) -> None:
+        await asyncio.sleep(idle_s)
+        async with self._starting:
+            if self._child is not None and self._child.idle:
+                child, self._child = self._child, None
+                await asyncio.shield(child.stop())
 
     def generate(self, messages: Sequence[Message], options: GenerateOptions) -> EngineGeneration:
         """Begin a reply; the child is started on first use."""
@@ -133,6 +213,10 @@ class EngineClient:
         tokens: list[int] = await self._ask({"verb": "tokenize", "text": text, "special": special})
         return tokens
 
+    async def stats(self) -> EngineStats:
+        """What the engine holds right now."""
+        return EngineStats(**await self._ask({"verb": "stats"}))
+
     async def score(
         self, text: str, n_ctx: int = 512, progress: Callable[[int, int], None] | None = None
     ) -> tuple[int, float]:
@@ -143,19 +227,23 @@ class EngineClient:
     async def _ask(
         self, frame: dict[str, Any], progress: Callable[[int, int], None] | None = None
     ) -> Any:
-        child, request_id = await self._ready_child(), self._new_id()
-        with child.inbox(request_id) as inbox:
-            await child.send({"id": request_id, **frame})
-            while True:
-                answer = await inbox.get()
-                if isinstance(answer, NanorunError):
-                    raise answer
-                if answer["kind"] == "result":
-                    return answer["value"]
-                if progress is not None:
-                    progress(answer["n_done"], answer["n_total"])
+        child, request_id = await self.ready_child(), self._new_id()
+        try:
+            with child.inbox(request_id) as inbox:
+                await child.send({"id": request_id, **frame})
+                while True:
+                    answer = await inbox.get()
+                    if isinstance(answer, NanorunError):
+                        raise answer
+                    if answer["kind"] == "result":
+                        return answer["value"]
+                    if progress is not None:
+                        progress(answer["n_done"], answer["n_total"])
+        finally:
+            self.rest()
 
-    async def _ready_child(self) -> _Child:
+    async def ready_child(self) -> Child:
+        """The running child, started if need be."""
         await self.start()
         assert self._child is not None
         return self._child
@@ -171,9 +259,14 @@ class EngineGeneration:
         self._client = client
         self._id = request_id
         self._frame = frame
-        self._child: _Child | None = None
+        self._child: Child | None = None
         self._stack = contextlib.ExitStack()
         self._inbox: asyncio.Queue[Any] | None = None
+        self._has_heard = False
+        """Whether the engine took the request up."""
+        self._has_begun = False
+        """Whether anything was said that a new attempt would say again."""
+        self._attempts = 0
         self._done = False
 
     def __aiter__(self) -> Self:
@@ -183,24 +276,53 @@ class EngineGeneration:
         if self._done:
             raise StopAsyncIteration
         try:
-            inbox = self._inbox or await self._begin()
-            answer = await inbox.get()
+            answer = await self._next_answer()
+            while isinstance(answer, NanorunError) and await self._can_begin_anew(answer):
+                self._stack.close()
+                self._inbox = None
+                answer = await self._next_answer()
         except BaseException:
             await self.aclose()
             raise
         if isinstance(answer, NanorunError):
             self._end()
             raise answer
+        if isinstance(answer, Notice):
+            return answer
         event = wire.event_from_json(answer)
+        self._has_heard = True
+        self._has_begun = self._has_begun or not isinstance(event, PrefillProgress | Notice)
         if isinstance(event, Finished):
             self._end()
         return event
 
-    async def _begin(self) -> asyncio.Queue[Any]:
-        self._child = await self._client._ready_child()
-        self._inbox = self._stack.enter_context(self._child.inbox(self._id))
-        await self._child.send({"id": self._id, **self._frame})
-        return self._inbox
+    async def _next_answer(self) -> Notice | NanorunError | dict[str, Any]:
+        """A frame about this reply, an error, or something the person should know first."""
+        if self._inbox is None:
+            self._child = await self._client.ready_child()
+            self._inbox = self._stack.enter_context(self._child.inbox(self._id))
+            self._attempts += 1
+            try:
+                await self._child.send({"id": self._id, **self._frame})
+            except EngineDied as error:
+                return error
+        notice = self._client.take_notice()
+        if notice is not None:
+            return Notice(notice)
+        answer: NanorunError | dict[str, Any] = await self._inbox.get()
+        return answer
+
+    async def _can_begin_anew(self, error: NanorunError) -> bool:
+        """Whether a failed reply may be asked again without anybody noticing.
+
+        After memory ran out it may if the model can be opened smaller and nothing was said yet;
+        after the process died, if it died before it took the request up, once.
+        """
+        assert self._child is not None
+        if isinstance(error, MemoryPlanError | EngineOutOfMemory):
+            return await self._client.recover(self._child, error) and not self._has_begun
+        is_stale = isinstance(error, EngineDied) and not self._child.stopping
+        return is_stale and not self._has_heard and self._attempts == 1
 
     async def cancel(self) -> None:
         """End the reply; `Finished("cancelled")` follows."""
@@ -226,136 +348,7 @@ class EngineGeneration:
                 await self._child.send({"id": self._id, **frame})
 
     def _end(self) -> None:
-        self._done = True
-        self._stack.close()
-
-
-class _Child:
-    """One child process and the queues of those who wait for its answers."""
-
-    def __init__(self) -> None:
-        self.info: ModelInfo | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._inboxes: dict[str, asyncio.Queue[Any]] = {}
-        self._stderr: deque[str] = deque(maxlen=_N_STDERR_LINES)
-        self._tasks: list[asyncio.Task[None]] = []
-        self._death: EngineDied | None = None
-        self._stopping = False
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can still be asked."""
-        return self._process is not None and self._death is None
-
-    @property
-    def pid(self) -> int | None:
-        """Its process id."""
-        return self._process.pid if self._process else None
-
-    async def start(self, model: Path, options: EngineOptions) -> None:
-        """Spawn it and wait until the model is loaded."""
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "nanorun.runtime.worker",
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            # ggml would start a debugger to print a backtrace of an abort.
-            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-        )  # fmt: skip
-        self._tasks = [
-            asyncio.create_task(self._read_frames()),
-            asyncio.create_task(self._read_stderr()),
-        ]
-        with self.inbox("open") as inbox:
-            frame = {"id": "open", "path": str(model), "options": asdict(options)}
-            await self.send(frame)
-            answer = await inbox.get()
-        if isinstance(answer, NanorunError):
-            raise answer
-        self.info = ModelInfo(**answer["info"])
-
-    async def stop(self) -> None:
-        """Ask it to close, then make it."""
-        self._stopping = True
-        process = self._process
-        if process is not None and process.returncode is None:
-            with contextlib.suppress(EngineDied):
-                await self.send({"id": "close", "verb": "close"})
-            try:
-                await asyncio.wait_for(process.wait(), _CLOSE_TIMEOUT_S)
-            except TimeoutError:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-        for task in self._tasks:
-            await task
-        if process is not None and process.stdin is not None:
-            process.stdin.close()
-
-    @contextlib.contextmanager
-    def inbox(self, request_id: str) -> Any:
-        """A queue of the answers to one request, for the time of a `with` block."""
-        if self._death is not None:
-            raise self._death
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._inboxes[request_id] = queue
-        try:
-            yield queue
-        finally:
-            del self._inboxes[request_id]
-
-    async def send(self, frame: dict[str, Any]) -> None:
-        """Write a frame.
-
-        Raises:
-            EngineDied: If the process is gone.
-        """
-        assert self._process is not None and self._process.stdin is not None
-        try:
-            self._process.stdin.write(wire.pack(frame))
-            await self._process.stdin.drain()
-        except (ConnectionError, RuntimeError) as error:
-            raise self._death or EngineDied("the engine's process is gone") from error
-
-    async def _read_frames(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
-        stream = self._process.stdout
-        try:
-            while True:
-                header = await stream.readexactly(wire.HEADER_BYTES)
-                frame = wire.unpack(await stream.readexactly(wire.frame_bytes(header)))
-                inbox = self._inboxes.get(frame["id"])
-                if inbox is not None:
-                    is_error = frame["kind"] == "error"
-                    inbox.put_nowait(wire.error_from_json(frame) if is_error else frame)
-        except (asyncio.IncompleteReadError, ConnectionError, EngineError):
-            pass
-        await self._mourn()
-
-    async def _mourn(self) -> None:
-        """Tell everyone who waits that the process is gone, and why."""
-        assert self._process is not None
-        code = await self._process.wait()
-        self._death = EngineDied(
-            "the engine was closed" if self._stopping else f"the engine's process {_ending(code)}",
-            facts=list(self._stderr)[-6:],
-        )
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(self._death)
-
-    async def _read_stderr(self) -> None:
-        assert self._process is not None and self._process.stderr is not None
-        async for line in self._process.stderr:
-            self._stderr.append(line.decode("utf-8", "replace").rstrip())
-
-
-def _ending(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    hint = ", perhaps because memory ran out" if name == "SIGKILL" else ""
-    return f"was ended by {name}{hint}"
+        if not self._done:
+            self._done = True
+            self._stack.close()
+            self._client.rest()

@@ -10,18 +10,19 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nanorun.errors import NanorunError, UsageError
 from nanorun.model.gguf import read_gguf
+from nanorun.runtime.child_job import run_job
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.score import Progress, chunks_of, log_softmax, predictions
+from nanorun.runtime.score import Progress, Source, log_softmax, predictions
 
 # What is less likely than e^-16 of the likeliest is stored as that, and left out of the sum.
 _RANGE = 16.0
@@ -57,7 +58,7 @@ def measure(
     *,
     special: bool = False,
 ) -> list[Divergence]:
-    """Compare models with a reference on a text.
+    """Compare models with a reference on a text, in a child process.
 
     Args:
         reference: The GGUF whose predictions count as right.
@@ -71,18 +72,36 @@ def measure(
     Raises:
         UsageError: If the text is too short, or a model reads it as other tokens.
         ModelError: If a file cannot be used.
+        EngineDied: If the engine's process ended.
     """
 
-    def told(path: Path) -> Progress | None:
-        return None if progress is None else lambda n, of: progress(path, n, of)
+    def told(path: str, n_done: int, n_total: int) -> None:
+        if progress is not None:
+            progress(Path(path), n_done, n_total)
+
+    arguments = {
+        "reference": str(reference), "models": [str(path) for path in models], "text": text,
+        "n_ctx": n_ctx, "options": asdict(options), "special": special,
+    }  # fmt: skip
+    return [Divergence(**found) for found in run_job(_job, arguments, told)]
+
+
+def _job(
+    arguments: dict[str, Any], progress: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    source = Source(arguments["text"], arguments["n_ctx"], special=arguments["special"])
+    reference, models = Path(arguments["reference"]), map(Path, arguments["models"])
+    options = EngineOptions(**arguments["options"])
+
+    def told(path: Path) -> Progress:
+        return lambda n_done, n_total: progress(str(path), n_done, n_total)
 
     try:
         with tempfile.TemporaryFile(prefix="nanorun-eval-") as spool:
-            source = _Source(text, n_ctx, special)
             chunks = _spool_reference(reference, source, options, spool, told(reference))
             n_weights = read_gguf(reference).n_params
             return [
-                _compare(path, source, options, spool, chunks, n_weights, told(path))
+                asdict(_compare(path, source, options, spool, chunks, n_weights, told(path)))
                 for path in models
             ]
     except OSError as error:
@@ -92,30 +111,18 @@ def measure(
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """The text, and how it becomes tokens."""
-
-    text: str
-    n_ctx: int
-    special: bool
-
-    def chunks(self, model: LoadedModel) -> list[list[int]]:
-        return chunks_of(model, self.text, self.n_ctx, special=self.special)
-
-
 def _spool_reference(
     path: Path,
-    source: _Source,
+    source: Source,
     options: EngineOptions,
     spool: BinaryIO,
-    progress: Progress | None,
+    progress: Progress,
 ) -> list[list[int]]:
     model = LoadedModel(path, options)
     try:
         chunks = source.chunks(model)
         for part in predictions(model, options, chunks, progress):
-            spool.write(_encode(part.logits).tobytes())
+            spool.write(encoded_predictions(part.logits).tobytes())
     finally:
         model.close()
     return chunks
@@ -123,12 +130,12 @@ def _spool_reference(
 
 def _compare(
     path: Path,
-    source: _Source,
+    source: Source,
     options: EngineOptions,
     spool: BinaryIO,
     chunks: list[list[int]],
     n_weights: int,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Divergence:
     model = LoadedModel(path, options)
     spool.seek(0)
@@ -142,7 +149,7 @@ def _compare(
             rows = np.frombuffer(spool.read(dtype.itemsize * len(part.targets)), dtype)
             log_q = log_softmax(part.logits)
             loss -= float(log_q[np.arange(len(rows)), part.targets].sum())
-            klds.append(_divergences(rows, log_q))
+            klds.append(decoded_divergences(rows, log_q))
             n_same += int((log_q.argmax(-1) == rows["top"]).sum())
         gguf = model.gguf
         n_bits = 8 * sum(t.n_bytes for t in gguf.tensors.values())
@@ -167,7 +174,7 @@ def _row_type(n_vocab: int) -> np.dtype[np.void]:
     )
 
 
-def _encode(logits: NDArray[np.float32]) -> NDArray[np.void]:
+def encoded_predictions(logits: NDArray[np.float32]) -> NDArray[np.void]:
     """Rows of logits as log probabilities in steps of a 65535th of their range."""
     rows = np.empty(len(logits), _row_type(logits.shape[1]))
     log_p = log_softmax(logits)
@@ -182,7 +189,7 @@ def _encode(logits: NDArray[np.float32]) -> NDArray[np.void]:
     return rows
 
 
-def _divergences(rows: NDArray[np.void], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+def decoded_divergences(rows: NDArray[np.void], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
     """KL divergence of each row of `log_q` from the stored reference."""
     step, least = rows["step"].astype(np.float64), rows["least"].astype(np.float64)
     log_p = rows["codes"] * step[:, None] + least[:, None]

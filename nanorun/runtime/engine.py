@@ -7,18 +7,22 @@ the loop; `worker.py` is that caller in the product, tests drive it by hand.
 
 from __future__ import annotations
 
+import threading
 import time
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import chain, count
 
-from nanorun.errors import ContextFull, NanorunError
-from nanorun.model.chat import Event, Finished, FinishReason
+from nanorun.errors import ContextFull, NanorunError, UsageError
+from nanorun.model.chat import EngineStats, Event, Finished, FinishReason, TokenLogprobs
 from nanorun.runtime.context import Aborted, Context, Row
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.prefix_tree import Branch, PrefixTree
+from nanorun.runtime.reasoning import Phase
 from nanorun.runtime.request import Request
-from nanorun.runtime.sampling import Sampler
-from nanorun.runtime.scheduler import plan_rows, shared_prefix_leader
+from nanorun.runtime.sampling import Choice, Sampler
+from nanorun.runtime.scheduler import last_in_turn, plan_rows, shared_prefix_leader
+from nanorun.runtime.speculative import Guess, build_drafter, check_speculation
 from nanorun.runtime.state_archive import Archive
 from nanorun.runtime.state_store import open_store
 from nanorun.runtime.stream import Stream
@@ -31,6 +35,18 @@ _MIN_SAVED_TOKENS = 128
 Output = tuple[str, Event | NanorunError]
 """A request's id and what happened to it; an error or `Finished` is its last."""
 Plan = list[tuple[Stream, Row]]
+
+
+@dataclass(slots=True)
+class Pick:
+    """What one batch brought to a stream."""
+
+    n_kept: int
+    """Tokens of its row that stay; guesses that did not hold are taken back."""
+    outputs: list[Output] = field(default_factory=list)
+    reason: FinishReason | None = None
+    """Why the reply ends here, if it does."""
+    failure: NanorunError | None = None
 
 
 class Engine:
@@ -47,9 +63,11 @@ class Engine:
     def __init__(self, model: LoadedModel, options: EngineOptions) -> None:
         self.model = model
         self.options = options
+        check_speculation(model, options)
         self.context = Context(model, options)
+        self.drafter = build_drafter(self.context, options)
         self.tree = PrefixTree(
-            self.context,
+            self.drafter.memory,
             options.n_seq_max,
             self.context.n_ctx,
             Archive(options.archive_bytes, open_store(model, options)),
@@ -58,8 +76,11 @@ class Engine:
         self._waiting: list[Stream] = []
         self._running: list[Stream] = []
         self._in_batch: list[Stream] = []
-        self._unsaved: list[Branch] = []
-        self.context.abort_when = self._all_cancelled
+        self._unsaved: dict[str, Branch] = {}
+        """Sequences to be saved in idle time, by the request that made them. Reading ahead goes by
+        the name of its reply, and takes its place."""
+        self._orders = count()
+        self._batch_lock = threading.Lock()
 
     def close(self) -> None:
         """Save what is worth keeping, free the context and the weights."""
@@ -68,6 +89,7 @@ class Engine:
         while self.save_one():
             pass
         self.tree.close()
+        self.drafter.close()
         self.context.close()
         self.model.close()
 
@@ -93,12 +115,15 @@ class Engine:
         if not request.anchor:
             for stream in [s for s in (*self._waiting, *self._running) if s.request.anchor]:
                 self._leave(stream, keep=True)
-        self._waiting.append(Stream(request))
+        self._waiting.append(Stream(request, next(self._orders)))
 
     def cancel(self, request_id: str) -> None:
         """Ask a request to end; it does within one batch. May be called from any thread."""
         for stream in self._find(request_id):
             stream.cancelled = True
+        with self._batch_lock:
+            if self._in_batch and all(stream.cancelled for stream in self._in_batch):
+                self.context.abort()
 
     def finish_thinking(self, request_id: str) -> None:
         """End the thinking of a running reply soon ("answer now")."""
@@ -114,10 +139,22 @@ class Engine:
         streams = chain(tuple(self._waiting), tuple(self._running))
         return [stream for stream in streams if stream.request.id == request_id]
 
+    def stats(self) -> EngineStats:
+        """What is held right now."""
+        return EngineStats(
+            n_running=len(self._running),
+            n_waiting=len(self._waiting),
+            n_sequences=len(self.tree.branches),
+            n_cells=self.context.n_ctx,
+            n_cells_used=self.tree.n_cells_used,
+            checkpoint_bytes=self.tree.checkpoint_bytes,
+            archive_bytes=self.tree.archive_bytes,
+        )
+
     def save_one(self) -> bool:
         """Write one conversation that changed to disk, in idle time; False if none is left."""
         while self._unsaved:
-            branch = self._unsaved.pop()
+            _, branch = self._unsaved.popitem()
             if branch in self.tree.branches and not branch.busy:
                 self.tree.save(branch)
                 return True
@@ -129,6 +166,7 @@ class Engine:
         """Do one round: drop cancelled requests, admit, evaluate one batch, pick tokens."""
         outputs = self._sweep_cancelled()
         outputs += self._admit()
+        self._draft()
         plan, starved = self._fit(
             plan_rows(self._running, self.options.n_batch, self.options.n_ubatch)
         )
@@ -138,35 +176,74 @@ class Engine:
             outputs += self._evaluate(plan)
         return outputs
 
+    def _draft(self) -> None:
+        """Guess what answering streams will say, where nothing but the model decides that."""
+        if not self.options.n_rs_seq:
+            return
+        guessing = [stream for stream in self._running if stream.may_guess]
+        guesses = [self._guess(stream) for stream in guessing]
+        for stream, drafts in zip(guessing, self.drafter.draft(guesses), strict=True):
+            stream.drafts = drafts
+
+    def _guess(self, stream: Stream) -> Guess:
+        assert stream.branch is not None and stream.pending is not None
+        n_left = self.context.n_ctx - stream.n_evaluated - 2
+        if stream.request.max_tokens:
+            n_left = min(n_left, stream.request.max_tokens - stream.n_completion - 1)
+        return Guess(
+            stream.branch.seq_id, stream.branch.tokens, stream.pending,
+            max(0, min(n_left, stream.n_draft, self.options.n_draft)),
+        )  # fmt: skip
+
     def _sweep_cancelled(self) -> list[Output]:
         gone = [s for s in (*self._waiting, *self._running) if s.cancelled]
         return [output for stream in gone for output in self._finish(stream, "cancelled")]
 
     def _admit(self) -> list[Output]:
         outputs: list[Output] = []
-        for stream in list(self._waiting):
-            if len(self._running) >= self.options.n_parallel:
-                break
+        for stream in sorted(self._waiting, key=lambda stream: stream.turn):
             if self._waits_for_leader(stream):
                 continue
-            match = self.tree.best_match(stream.request.prompt)
-            n_needed = len(stream.request.prompt) - match.n_tokens + _MIN_REPLY_CELLS
-            if self._running and n_needed > self.tree.n_cells_obtainable():
+            if not self._find_place(stream):
                 break  # later ones must not overtake it for ever
-            branch = self.tree.acquire(stream.request.prompt)
+            branch = self.tree.acquire(stream.prompt)
             if branch is None:
                 break
+            is_new = not stream.started
             self._start(stream, branch)
-            if not stream.request.anchor:
+            if is_new and not stream.request.anchor:
                 outputs.append((stream.request.id, stream.progress()))
         return outputs
+
+    def _find_place(self, stream: Stream) -> bool:
+        """Whether a stream can run now; background work is suspended for one in the foreground."""
+        while not self._has_place(stream):
+            victim = last_in_turn(self._running, than=stream)
+            if victim is None:
+                return False
+            self._suspend(victim)
+        return True
+
+    def _has_place(self, stream: Stream) -> bool:
+        if not self._running:
+            return True
+        if len(self._running) >= self.options.n_parallel:
+            return False
+        n_needed = self.tree.n_cells_needed(stream.prompt) + _MIN_REPLY_CELLS
+        return n_needed <= self.tree.n_cells_obtainable()
+
+    def _suspend(self, stream: Stream) -> None:
+        """Take a stream's sequence away; it goes on when there is room again."""
+        self._running.remove(stream)
+        self.tree.release(stream.suspend())
+        self._waiting.append(stream)
 
     def _waits_for_leader(self, stream: Stream) -> bool:
         """Whether a running prefill will soon hold more of this prompt than anything else does."""
         found = shared_prefix_leader(
-            stream.request.prompt,
-            [(s.request.prompt, s.n_evaluated) for s in self._running],
-            self.tree.best_match(stream.request.prompt).n_tokens,
+            stream.prompt,
+            [(s.prompt, s.n_evaluated) for s in self._running],
+            self.tree.best_match(stream.prompt).n_tokens,
         )
         if found is None:
             return False
@@ -177,89 +254,146 @@ class Engine:
     def _start(self, stream: Stream, branch: Branch) -> None:
         self._waiting.remove(stream)
         self._running.append(stream)
-        stream.branch = branch
-        stream.started = time.monotonic()
-        stream.sampler = Sampler(stream.request.sampling, self.model.n_vocab)
-        stream.stops |= {p for p in stream.request.boundaries if p > branch.n_tokens}
+        stream.start(branch)
+        if stream.sampler is None:
+            stream.sampler = Sampler(stream.request.sampling, self.model.n_vocab, self.model.vocab)
 
     def _fit(self, plan: Plan) -> tuple[Plan, list[Stream]]:
-        """Make room for a batch; what cannot fit waits, or ends if nothing can ever free cells."""
-        starved: list[Stream] = []
+        """Make room for a batch: who came last is suspended; who is alone has used it all up."""
         while plan and not self.tree.make_room(sum(len(row.tokens) for _, row in plan)):
-            stream, _ = plan.pop()  # prompts come last, the newest answer before them
-            if not stream.in_prefill or len(self._running) == 1:
-                starved.append(stream)
-        return plan, starved
+            victim = last_in_turn(self._running)
+            assert victim is not None
+            if len(self._running) == 1:
+                return [], [victim]
+            self._suspend(victim)
+            plan = [(stream, row) for stream, row in plan if stream is not victim]
+        return plan, []
 
     def _evaluate(self, plan: Plan) -> list[Output]:
-        self._in_batch = [stream for stream, _ in plan]
+        batch = [stream for stream, _ in plan]
+        with self._batch_lock:
+            self._in_batch = batch
         try:
-            indices = self.context.decode([row for _, row in plan])
+            indices = self.drafter.decode([row for _, row in plan])
+            picks = [self._advance(s, row, i) for (s, row), i in zip(plan, indices, strict=True)]
+            self.drafter.follow(
+                [(row, pick.n_kept) for (_, row), pick in zip(plan, picks, strict=True)]
+            )
         except Aborted:
-            return [o for s in self._in_batch for o in self._finish(s, "cancelled", keep=False)]
+            return [o for s in batch for o in self._finish(s, "cancelled", keep=False)]
         except NanorunError as error:
-            return [self._fail(stream, error) for stream in self._in_batch]
+            return [self._fail(stream, error) for stream in batch]
         finally:
-            self._in_batch = []
-        outputs: list[Output] = []
-        for (stream, row), index in zip(plan, indices, strict=True):
-            outputs += self._advance(stream, row, index)
-        return outputs
-
-    def _all_cancelled(self) -> bool:
-        batch = self._in_batch
-        return bool(batch) and all(stream.cancelled for stream in batch)
+            with self._batch_lock:
+                self._in_batch = []
+                self.context.resume()
+        return [o for s, pick in zip(batch, picks, strict=True) for o in self._conclude(s, pick)]
 
     # -- one stream -----------------------------------------------------------------------------
 
-    def _advance(self, stream: Stream, row: Row, index: int | None) -> list[Output]:
-        """Book what was evaluated; with logits, pick the next token."""
+    def _advance(self, stream: Stream, row: Row, index: int | None) -> Pick:
+        """Book what was evaluated; with logits, pick tokens as far as the guesses hold."""
         assert stream.branch is not None
         was_prefill = stream.in_prefill
-        self.tree.extend(stream.branch, row.tokens)
+        pick = Pick(n_kept=len(row.tokens) - row.n_drafts)
+        if was_prefill and not stream.n_completion and not stream.request.anchor:
+            n_read = stream.n_evaluated + pick.n_kept
+            pick.outputs.append((stream.request.id, stream.progress(n_read)))
+        if index is not None:
+            self._pick_tokens(stream, row, index, pick)
+        self.tree.extend(
+            stream.branch, row.tokens[: pick.n_kept], settled=pick.n_kept == len(row.tokens)
+        )
+        if pick.n_kept < len(row.tokens):
+            n_back = len(row.tokens) - pick.n_kept
+            self.context.roll_back(row.seq_id, stream.n_evaluated, n_back)
+        return pick
+
+    def _pick_tokens(self, stream: Stream, row: Row, index: int, pick: Pick) -> None:
+        """Pick the token after the evaluated ones, and on while it is the one that was guessed."""
+        drafts = row.tokens[len(row.tokens) - row.n_drafts :]
+        for i in range(row.n_drafts + 1):
+            self._pick(stream, index + i, pick)
+            if pick.failure or pick.reason or i == len(drafts) or stream.pending != drafts[i]:
+                break
+            pick.n_kept += 1
+        if drafts:
+            n_accepted = pick.n_kept - (len(row.tokens) - row.n_drafts)
+            stream.note_drafts(len(drafts), n_accepted, self.options.n_draft)
+
+    def _conclude(self, stream: Stream, pick: Pick) -> list[Output]:
+        """What a batch came to for one stream, once its sequence is in order."""
+        if pick.failure is not None:
+            return [*pick.outputs, self._fail(stream, pick.failure)]
+        if pick.reason is not None:
+            return pick.outputs + self._end(stream, pick.reason)
         if stream.n_evaluated in stream.stops:
             stream.stops.discard(stream.n_evaluated)
+            assert stream.branch is not None
             self.tree.checkpoint(stream.branch)
-        if stream.request.anchor:
-            return [] if stream.in_prefill else self._finish(stream, "stop")
-        outputs: list[Output] = []
-        if was_prefill:
-            outputs.append((stream.request.id, stream.progress()))
-        if index is not None:
-            outputs += self._pick(stream, index)
-        return outputs
+        if stream.request.anchor and not stream.in_prefill:
+            return self._finish(stream, "stop")
+        return pick.outputs
 
-    def _pick(self, stream: Stream, index: int) -> list[Output]:
-        """Choose the token after the evaluated ones: a forced one, or a sampled one."""
+    def _pick(self, stream: Stream, index: int, pick: Pick) -> None:
+        """Choose the next token: a forced one, or a sampled one."""
         assert stream.sampler is not None
         request = stream.request
         if not stream.first_token:
             stream.first_token = time.monotonic()
         token = request.dial.forced()
         if token is None:
-            token = stream.sampler.sample(self.context, index)
+            try:
+                allowed = request.constraint.allowed() if request.constraint else None
+            except UsageError as error:
+                pick.failure = error
+                return
+            choice = stream.sampler.sample(self.context, index, allowed)
+            token = choice.token
             if token in self.model.end_tokens and not request.ignore_eos:
                 if not request.dial.rescue():
-                    return self._end(stream, "stop")
+                    pick.reason = "stop"
+                    return
                 token = request.dial.forced()
                 assert token is not None
-        return self._take(stream, token)
+                stream.sampler.accept(token)
+            else:
+                pick.outputs += self._logprobs(stream, choice)
+        else:
+            stream.sampler.accept(token)
+        self._take(stream, token, pick)
 
-    def _take(self, stream: Stream, token: int) -> list[Output]:
+    def _logprobs(self, stream: Stream, choice: Choice) -> list[Output]:
+        """What was asked for of the token's likelihood."""
+        if choice.logprob is None:
+            return []
+        event = TokenLogprobs(
+            self.model.piece(choice.token),
+            choice.logprob,
+            tuple((self.model.piece(token), p) for token, p in choice.alternatives),
+            stream.request.parser.in_thinking,
+        )
+        return [(stream.request.id, event)]
+
+    def _take(self, stream: Stream, token: int, pick: Pick) -> None:
         """Append a token to the reply."""
         request = stream.request
         piece = self.model.piece(token)
         events = request.parser.feed(piece, control=token in self.model.control_tokens)
         request.dial.observe(piece, in_thinking=request.parser.in_thinking)
+        if request.constraint is not None:
+            request.constraint.take(token)
+            if not request.parser.in_thinking and request.dial.phase is Phase.ANSWER:
+                request.constraint.answer_begins()
         stream.pending = token
         stream.n_completion += 1
-        outputs: list[Output] = [(request.id, event) for event in events]
-        if request.parser.stopped_by is not None:
-            return outputs + self._end(stream, "stop")
+        pick.outputs += [(request.id, event) for event in events]
+        is_complete = request.constraint is not None and request.constraint.is_over
         full = len(request.prompt) + stream.n_completion >= self.context.n_ctx
-        if full or (request.max_tokens and stream.n_completion >= request.max_tokens):
-            return outputs + self._end(stream, "length")
-        return outputs
+        if request.parser.stopped_by is not None or is_complete:
+            pick.reason = "stop"
+        elif full or (request.max_tokens and stream.n_completion >= request.max_tokens):
+            pick.reason = "length"
 
     def _end(self, stream: Stream, reason: FinishReason) -> list[Output]:
         """Flush the parser, then finish; a reply that calls tools says so."""
@@ -288,14 +422,14 @@ class Engine:
             stream.sampler.close()
             stream.sampler = None
         if stream.branch is not None:
-            self._note_unsaved(stream, stream.branch)
+            if keep:
+                self._note_unsaved(stream, stream.branch)
             self.tree.release(stream.branch, keep=keep)
 
     def _note_unsaved(self, stream: Stream, branch: Branch) -> None:
-        """Remember a sequence that the next turn will begin with, to be saved in idle time."""
-        begins_next_turn = stream.request.anchor or not self.options.read_ahead
-        if begins_next_turn and branch.n_tokens >= _MIN_SAVED_TOKENS:
-            self._unsaved.append(branch)
+        """Remember a sequence that a later turn may begin with."""
+        if branch.n_tokens >= _MIN_SAVED_TOKENS:
+            self._unsaved[stream.request.id] = branch
 
 
 def _round_up(n: int, multiple: int = 1024) -> int:

@@ -8,25 +8,23 @@ and how is that of llama.cpp's `llama-imatrix`, so the files agree.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
-from numpy.typing import NDArray
 
 from nanorun.errors import EngineError, UsageError
 from nanorun.model.ggml_type import GgmlType
+from nanorun.runtime.child_job import run_job
 from nanorun.runtime.context import Context, Row
+from nanorun.runtime.ggml_tensor import Tensor, plain_name, tensor_library
 from nanorun.runtime.library import load_llama
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.score import chunks_of
-from nanorun_quant.ggml import load_ggml
+from nanorun.runtime.score import Source
 from nanorun_quant.imatrix import Imatrix, read_imatrix, write_imatrix
 
 _N_BATCH = 256
@@ -34,31 +32,11 @@ _N_BATCH = 256
 _MIN_ROWS = 16
 _SAVE_EVERY = 16
 """Chunks between two writes of the file."""
+_STOP_S = 60.0
+"""Time that a stopped run may take to finish its chunk and write the file."""
 _MUL_MAT, _MUL_MAT_ID = b"MUL_MAT", b"MUL_MAT_ID"
 # Beside the blocks: the output, or the embedding where it is that too.
 _OUTSIDE = ("output.weight", "token_embd.weight")
-
-
-class _Tensor(ctypes.Structure):
-    """`struct ggml_tensor` of ggml.h, 336 bytes."""
-
-
-_Tensor._fields_ = (
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Tensor) * 10),
-    ("view_src", ctypes.c_void_p),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-    ("extra", ctypes.c_void_p),
-    ("padding", ctypes.c_char * 8),
-)
 
 
 def collect_imatrix(
@@ -72,7 +50,7 @@ def collect_imatrix(
     *,
     special: bool = False,
 ) -> Imatrix:
-    """Collect the imatrix of a model on a text into a file.
+    """Collect the imatrix of a model on a text into a file, in a child process.
 
     A file of the same text that was left unfinished is continued.
 
@@ -89,19 +67,43 @@ def collect_imatrix(
     Raises:
         UsageError: If the text is too short, or `out` is of another text.
         ModelError: If the model or the file cannot be used.
+        EngineDied: If the engine's process ended; what it wrote of `out` stays.
     """
-    options = options or EngineOptions()
+    arguments = {
+        "path": str(path), "text": text, "dataset": dataset, "out": str(out), "n_ctx": n_ctx,
+        "options": asdict(options or EngineOptions()), "special": special,
+    }  # fmt: skip
+    run_job(_job, arguments, progress, stop_s=_STOP_S)
+    return read_imatrix(out)
+
+
+def _job(arguments: dict[str, Any], progress: Callable[[int, int], None]) -> None:
+    source = Source(arguments["text"], arguments["n_ctx"], special=arguments["special"])
+    options = EngineOptions(**arguments["options"])
+    out = Path(arguments["out"])
+    collect_here(Path(arguments["path"]), source, arguments["dataset"], out, options, progress)
+
+
+def collect_here(
+    path: Path,
+    source: Source,
+    dataset: str,
+    out: Path,
+    options: EngineOptions,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Do the work of `collect_imatrix` in this process."""
     model = LoadedModel(path, options)
     try:
-        chunks = chunks_of(model, text, n_ctx, special=special)
-        if len(chunks[0]) < _MIN_ROWS:
-            raise UsageError(f"a text of {len(chunks[0])} tokens is too short for an imatrix")
-        imatrix = _started(out, text, dataset, len(chunks[0]))
+        chunks = source.chunks(model)
+        n_chunk = len(chunks[0])
+        if n_chunk < _MIN_ROWS:
+            raise UsageError(f"a text of {n_chunk} tokens is too short for an imatrix")
+        imatrix = _started(out, source.sha256, dataset, n_chunk)
         collector = _Collector(imatrix)
         sizes = replace(
-            options, n_ctx=len(chunks[0]), n_parallel=1, n_seq_spare=0, n_batch=_N_BATCH,
-            n_ubatch=_N_BATCH,
-        )  # fmt: skip
+            options, n_ctx=n_chunk, n_parallel=1, n_seq_spare=0, n_batch=_N_BATCH, n_ubatch=_N_BATCH
+        )
         context = Context(model, sizes, n_outputs_max=_N_BATCH, eval_callback=collector.callback)
         try:
             _run(context, chunks, imatrix, collector, out, progress)
@@ -109,12 +111,10 @@ def collect_imatrix(
             context.close()
     finally:
         model.close()
-    return imatrix
 
 
-def _started(out: Path, text: str, dataset: str, chunk_size: int) -> Imatrix:
-    """The imatrix in `out`, if it is of this text, or a new one."""
-    digest = hashlib.sha256(text.encode()).hexdigest()
+def _started(out: Path, digest: str, dataset: str, chunk_size: int) -> Imatrix:
+    """The imatrix in `out`, if it is of the text of this digest, or a new one."""
     if not out.exists():
         return Imatrix({}, (dataset,), chunk_size, 0, str(out), digest)
     found = read_imatrix(out)
@@ -145,7 +145,7 @@ def _run(
             if progress is not None:
                 progress(imatrix.n_chunks, len(chunks))
     finally:
-        # Also when Ctrl-C stops it: whole chunks are kept, and continued from.
+        # Also when it is stopped: whole chunks are kept, and continued from.
         if imatrix.n_chunks:
             write_imatrix(out, imatrix)
 
@@ -166,12 +166,8 @@ class _Collector:
         self.imatrix = imatrix
         self._chunk = Imatrix()
         self._error: Exception | None = None
-        self._lib = _tensor_library()
-        self._ops = {
-            code: name
-            for code in range(self._lib.n_ops)
-            if (name := self._lib.op_name(code)) in (_MUL_MAT, _MUL_MAT_ID)
-        }
+        self._lib = tensor_library()
+        self._ops = self._lib.ops(_MUL_MAT, _MUL_MAT_ID)
         self.callback = load_llama().ggml_backend_sched_eval_callback(self._call)
 
     def begin(self) -> None:
@@ -192,7 +188,7 @@ class _Collector:
     def _call(self, pointer: int, ask: bool, _data: object) -> bool:
         # An exception must not pass through C.
         try:
-            tensor = ctypes.cast(pointer, ctypes.POINTER(_Tensor)).contents
+            tensor = ctypes.cast(pointer, ctypes.POINTER(Tensor)).contents
             if ask:
                 return self._wants(tensor)
             self._take(tensor)
@@ -200,20 +196,20 @@ class _Collector:
             self._error = self._error or error
         return True
 
-    def _wants(self, tensor: _Tensor) -> bool:
+    def _wants(self, tensor: Tensor) -> bool:
         op = self._ops.get(tensor.op)
         if op is None:
             return False
         inputs = tensor.src[1].contents
         if op == _MUL_MAT and inputs.ne[1] < _MIN_ROWS:
             return False
-        name = _plain_name(tensor.src[0].contents.name)
+        name = plain_name(tensor.src[0].contents.name)
         is_weight = name.startswith("blk.") or name in _OUTSIDE
         return is_weight and inputs.type == GgmlType.F32
 
-    def _take(self, tensor: _Tensor) -> None:
+    def _take(self, tensor: Tensor) -> None:
         weight = tensor.src[0].contents
-        name, n_mat = _plain_name(weight.name), int(weight.ne[2])
+        name, n_mat = plain_name(weight.name), int(weight.ne[2])
         # (n_token, n_used or 1, n_per_row) for experts, (1, n_token, n_per_row) otherwise.
         inputs = self._lib.read(tensor.src[1], np.dtype("<f4"))
         if self._ops[tensor.op] == _MUL_MAT:
@@ -225,47 +221,3 @@ class _Collector:
         for expert in np.unique(ids):
             i_token, i_used = np.nonzero(ids == expert)
             self._chunk.add(name, int(expert), n_mat, inputs[i_token, i_used % n_slots])
-
-
-def _plain_name(raw: bytes) -> str:
-    """The weight's name, without the device that a copy of it is marked by: `CUDA0#NAME#0`."""
-    name = raw.decode("utf-8", "replace")
-    return name.split("#")[1] if "#" in name else name
-
-
-class _TensorLibrary:
-    """The few functions of ggml that read a tensor, wherever its data is."""
-
-    def __init__(self, lib: Any) -> None:
-        self._lib = lib
-        lib.ggml_op_name.argtypes, lib.ggml_op_name.restype = (ctypes.c_int,), ctypes.c_char_p
-        lib.ggml_nbytes.argtypes, lib.ggml_nbytes.restype = (ctypes.c_void_p,), ctypes.c_size_t
-        get = lib.ggml_backend_tensor_get
-        get.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t)
-        get.restype = None
-        self.n_ops = 64
-        """More than enough to find the two products, which stand early in `enum ggml_op`."""
-
-    def op_name(self, code: int) -> bytes:
-        """The name of an operation."""
-        name: bytes = self._lib.ggml_op_name(code)
-        return name
-
-    def read(self, tensor: Any, dtype: np.dtype[Any]) -> NDArray[Any]:
-        """The elements of a tensor as `(ne[2], ne[1], ne[0])`, with one more axis in front."""
-        pointer, t = ctypes.cast(tensor, ctypes.c_void_p), tensor.contents
-        n_bytes = self._lib.ggml_nbytes(pointer)
-        buffer = np.empty(n_bytes, np.uint8)
-        self._lib.ggml_backend_tensor_get(pointer, buffer.ctypes.data, 0, n_bytes)
-        return as_strided(
-            buffer[: n_bytes // dtype.itemsize * dtype.itemsize].view(dtype),
-            tuple(t.ne)[::-1],
-            tuple(t.nb)[::-1],
-            writeable=False,
-        )
-
-
-def _tensor_library() -> _TensorLibrary:
-    if ctypes.sizeof(_Tensor) != 336:
-        raise EngineError(f"struct ggml_tensor is {ctypes.sizeof(_Tensor)} bytes here, not 336")
-    return _TensorLibrary(load_ggml().library)

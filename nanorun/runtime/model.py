@@ -17,6 +17,8 @@ from nanorun.model.arch import HybridArch, arch_from_gguf
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun.model.tensor_roles import check_tensors
+from nanorun.runtime.expert_placement import keep_experts_on_host
+from nanorun.runtime.grammar import GrammarCompiler
 from nanorun.runtime.library import engine_log, load_llama
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.sampling import SamplingSettings
@@ -42,13 +44,15 @@ class LoadedModel:
 
     Args:
         path: A GGUF file of the Nemotron-H family.
-        options: `n_gpu_layers` is used here; the rest sizes the context.
+        options: `n_gpu_layers` and `n_cpu_moe` are used here; the rest sizes the context.
+
+    With `writable`, the weights are kept as they are in the file and where they can be changed.
 
     Raises:
         ModelError: If the file is damaged, of another family, or refused by llama.cpp.
     """
 
-    def __init__(self, path: Path, options: EngineOptions) -> None:
+    def __init__(self, path: Path, options: EngineOptions, *, writable: bool = False) -> None:
         started = time.monotonic()
         self.path = path
         self.gguf: GgufFile = read_gguf(path)
@@ -58,8 +62,12 @@ class LoadedModel:
         self._llama = load_llama()
         params = self._llama.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers if options.n_gpu_layers >= 0 else 999
-        if not self._llama.llama_supports_gpu_offload() and self._is_repacked:
+        # A context of the head asserts that it was loaded.
+        params.load_mtp = options.speculation == "mtp"
+        params.use_extra_bufts = not writable
+        if writable or (not self._llama.llama_supports_gpu_offload() and self._is_repacked):
             params.load_mode = _LOAD_WITHOUT_MMAP
+        keep_experts_on_host(self._llama, params, options.n_cpu_moe)
         engine_log.clear()
         self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:
@@ -78,15 +86,16 @@ class LoadedModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identifies the file: a digest of its header, its size and some of its data."""
+        """Identifies the file, or files: a digest of headers, sizes and some of the data."""
         digest = hashlib.blake2b(digest_size=16)
-        n_header, n_file = self.gguf.data_offset, self.gguf.file_bytes
-        with self.path.open("rb") as file:
-            digest.update(file.read(n_header))
-            for i in range(_N_SAMPLES):
-                file.seek(n_header + (n_file - n_header) * i // _N_SAMPLES)
-                digest.update(file.read(4096))
-        digest.update(n_file.to_bytes(8, "little"))
+        for part in self.gguf.parts:
+            n_header, n_file = part.data_offset, part.file_bytes
+            with part.path.open("rb") as file:
+                digest.update(file.read(n_header))
+                for i in range(_N_SAMPLES):
+                    file.seek(n_header + (n_file - n_header) * i // _N_SAMPLES)
+                    digest.update(file.read(4096))
+            digest.update(n_file.to_bytes(8, "little"))
         return digest.hexdigest()
 
     @property
@@ -112,6 +121,14 @@ class LoadedModel:
             raise ModelError(f"{self.path.name} has no chat template")
         specials = [text for text, _ in self._markup]
         return ChatTemplate(source, special_tokens=specials, name=self.path.name)
+
+    def warm_up(self) -> None:
+        """Do now what the first request would wait for: compile the template, find the markup.
+
+        Raises:
+            ModelError: If the template is unusable; the request that needs it will say so.
+        """
+        _ = self.template, self.control_tokens, self.end_tokens, self._defined_markup
 
     @cached_property
     def control_tokens(self) -> frozenset[int]:
@@ -153,6 +170,25 @@ class LoadedModel:
             known.update(self._single_token(text))
         return frozenset(known)
 
+    @cached_property
+    def call_tokens(self) -> tuple[int, int]:
+        """Ids of `<tool_call>` and `</tool_call>`.
+
+        Raises:
+            ModelError: If the vocabulary has no such tokens, so tool calls cannot be forced.
+        """
+        found = [*self._single_token("<tool_call>"), *self._single_token("</tool_call>")]
+        if len(found) != 2:
+            raise ModelError(f"{self.path.name} has no tokens for tool calls")
+        return found[0], found[1]
+
+    @cached_property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles grammars for this vocabulary."""
+        ends = self._single_token("<|im_end|>")
+        end = ends[0] if ends else int(self._llama.llama_vocab_eos(self.vocab))
+        return GrammarCompiler(self.vocab, end)
+
     @property
     def bos(self) -> int:
         """The token that begins a text."""
@@ -170,10 +206,14 @@ class LoadedModel:
 
     @cached_property
     def sampling_defaults(self) -> SamplingSettings | None:
-        """What the file says about sampling (`general.sampling.*`), if anything."""
+        """What the file (`general.sampling.*`) or its family's model card says about sampling.
+
+        None for Nano, whose card has different values for each way of answering.
+        """
         temperature = self.metadata.get("general.sampling.temp")
         if temperature is None:
-            return None
+            is_nano = not (self.arch.n_latent or self.arch.n_layer_nextn)
+            return None if is_nano else SamplingSettings(1.0, 0.95)  # Super, Lightning
         top_p = self.metadata.get("general.sampling.top_p", 1.0)
         return SamplingSettings(float(temperature), float(top_p))
 

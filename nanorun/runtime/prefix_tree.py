@@ -13,7 +13,7 @@ recurrent state of an inner position). What falls out of the device goes to the 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -38,6 +38,9 @@ class SequenceMemory(Protocol):
 
     def rewind(self, seq_id: int, n_tokens: int, state: bytes) -> None:
         """Shorten a sequence, given the recurrent state of there."""
+
+    def settle(self, seq_id: int) -> None:
+        """Make a rollback final; before, the sequence cannot be forked."""
 
     def recurrent_state(self, seq_id: int) -> bytes:
         """The recurrent state of a sequence's end."""
@@ -74,6 +77,8 @@ class Branch:
     n_cached: int = 0
     """Tokens it began with."""
     cached_from: Place = "device"
+    settled: bool = True
+    """Whether nothing was rolled back since the last evaluation."""
 
     @property
     def n_tokens(self) -> int:
@@ -205,8 +210,15 @@ class PrefixTree:
 
     # -- progress -------------------------------------------------------------------------------
 
-    def extend(self, branch: Branch, tokens: Sequence[int]) -> None:
-        """Note tokens that were evaluated at the end of a branch."""
+    def extend(self, branch: Branch, tokens: Sequence[int], *, settled: bool = True) -> None:
+        """Note tokens that were evaluated at the end of a branch.
+
+        Args:
+            branch: The branch.
+            tokens: What was added.
+            settled: Whether nothing was rolled back behind them.
+        """
+        branch.settled = settled
         branch.tokens.extend(tokens)
         self._grow(branch, len(tokens))
         self._touch(branch)
@@ -230,9 +242,17 @@ class PrefixTree:
         states = {id(s): len(s) for b in self.branches for s in b.checkpoints.values()}
         return sum(states.values())
 
+    @property
+    def archive_bytes(self) -> int:
+        """Host memory of the sequences that left the device."""
+        return self._archive.host_bytes
+
     def release(self, branch: Branch, *, keep: bool = True) -> None:
         """Give a branch back: kept idle for later prompts, or dropped."""
         branch.busy = False
+        if not branch.settled and keep:
+            self._memory.settle(branch.seq_id)
+            branch.settled = True
         if not keep or not branch.n_tokens:
             self._drop(branch)
 
@@ -254,15 +274,25 @@ class PrefixTree:
 
     def n_cells_obtainable(self) -> int:
         """Free cells plus those that only idle sequences use."""
-        needed: set[int] = set()
-        total = 0
+        return self._n_cells - sum(node.end - node.start for node in self._busy_nodes())
+
+    def n_cells_needed(self, prompt: Sequence[int]) -> int:
+        """Cells a prompt takes beyond those that running sequences hold for it already."""
+        match = self.best_match(prompt)
+        if not isinstance(match.holder, Branch):
+            return len(prompt)
+        busy = self._busy_nodes()
+        shared = (node for node in _path(match.holder.node) if node in busy)
+        n_shared = sum(max(0, min(node.end, match.n_tokens) - node.start) for node in shared)
+        return len(prompt) - n_shared
+
+    def _busy_nodes(self) -> set[Node]:
+        """The spans that running sequences pass through."""
+        nodes: set[Node] = set()
         for branch in self.branches:
-            node: Node | None = branch.node if branch.busy else None
-            while node is not None and id(node) not in needed:
-                needed.add(id(node))
-                total += node.end - node.start
-                node = node.parent
-        return self._n_cells - total
+            if branch.busy:
+                nodes.update(_path(branch.node))
+        return nodes
 
     def evict_idle(self) -> None:
         """Move every idle sequence to the archive."""
@@ -376,10 +406,19 @@ class PrefixTree:
         branch.last_used = self._clock
 
 
+def _path(node: Node | None) -> Iterator[Node]:
+    """A node and all above it."""
+    while node is not None:
+        yield node
+        node = node.parent
+
+
 def _usable(holder: Branch | ArchivedState, wanted: np.ndarray) -> _Match:
     held = np.frombuffer(holder.tokens, np.int32) if isinstance(holder, Branch) else holder.tokens
     n_common = _n_common(held, wanted)
     limit = min(n_common, len(wanted) - 1)
+    if isinstance(holder, Branch) and not holder.settled:
+        return _Match(0, None, None)
     if n_common == len(held) and 0 < n_common <= limit:
         return _Match(n_common, holder, None)
     if isinstance(holder, Branch):

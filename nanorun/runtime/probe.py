@@ -3,9 +3,12 @@
 Runs in a process of its own, because the engine aborts on what it does not like, and its log, where
 the answer stands, is global. One JSON request on stdin, one JSON answer on stdout:
 
-    {"verb": "probe", "path": ..., "contexts": [{"n_ctx": ..., ...}]}   without loading weights
-    {"verb": "measure", "path": ..., "context": {...}, "n_fill": N}     loads and decodes for real
-    {"verb": "devices"}                                                 what the engine can use
+    {"verb": "probe", "path", "placement", "contexts"}         reckons without loading weights
+    {"verb": "measure", "path", "placement", "context", "n_fill"}  loads and decodes for real
+    {"verb": "devices"}                                        lists what the engine can use
+
+A placement has `n_gpu_layers` and `n_cpu_moe`; a context has `n_ctx`, `n_ubatch`, `n_seq_max`,
+`n_rs_seq`, `type_k`, `type_v` and `mtp`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ import ctypes
 import json
 import re
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +26,14 @@ from typing import Any
 
 from nanorun.errors import EngineError, NanorunError, UsageError
 from nanorun.model.ggml_type import GgmlType
+from nanorun.runtime.expert_placement import keep_experts_on_host
 from nanorun.runtime.library import engine_log, load_llama
+from nanorun.runtime.process_memory import (
+    GpuMemory,
+    peak_resident,
+    proportional_bytes,
+    resident_bytes,
+)
 
 _MIB = 2**20
 _LOAD_NONE = 0
@@ -32,7 +41,6 @@ _CONTEXT_MTP = 1
 _FLASH_ATTN_ON = 1
 _N_DECODED = 16
 _N_LOG_LINES = 20_000
-_PEAK_INTERVAL_S = 0.05
 
 # The engine's own report, one line a buffer.
 _BUFFERS = {
@@ -42,6 +50,13 @@ _BUFFERS = {
 }
 _COMPUTE = re.compile(r"(\S+) compute buffer size = +([\d.]+) MiB")
 _WEIGHTS = re.compile(r"(\S+) model buffer size = +([\d.]+) MiB")
+# By device, and only of what is really allocated.
+_ALLOCATED = {
+    "kv": re.compile(r"(\S+) KV buffer size = +([\d.]+) MiB"),
+    "state": re.compile(r"(\S+) RS buffer size = +([\d.]+) MiB"),
+    "compute": _COMPUTE,
+    "output": re.compile(r"(\S+) +output buffer size = +([\d.]+) MiB"),
+}
 
 
 def main() -> int:
@@ -57,24 +72,28 @@ def main() -> int:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    match request.get("verb"):
-        case "probe":
-            return {"contexts": probe(Path(request["path"]), request["contexts"])}
-        case "measure":
-            return measure(Path(request["path"]), request["context"], request["n_fill"])
-        case "devices":
-            return {"devices": devices()}
-    raise UsageError(f"there is no verb {request.get('verb')!r}")
+    verb = request.get("verb")
+    if verb == "devices":
+        return {"devices": devices()}
+    if verb == "probe":
+        path, placement = Path(request["path"]), request["placement"]
+        return {"contexts": probe(path, placement, request["contexts"])}
+    if verb == "measure":
+        path, placement = Path(request["path"]), request["placement"]
+        return measure(path, placement, request["context"], request["n_fill"])
+    raise UsageError(f"there is no verb {verb!r}")
 
 
-def probe(path: Path, contexts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def probe(
+    path: Path, placement: dict[str, int], contexts: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """What each context would take, by the engine's own reckoning; no weight is read.
 
     Raises:
         EngineError: If the engine refuses the file or a context.
     """
     with_mtp = any(context.get("mtp") for context in contexts)
-    with _model(path, with_mtp=with_mtp, for_real=False) as model:
+    with _model(path, placement, with_mtp=with_mtp, for_real=False) as model:
         return [_probe_context(model, context) for context in contexts]
 
 
@@ -83,33 +102,41 @@ def _probe_context(model: Any, sizes: dict[str, Any]) -> dict[str, Any]:
         return _reported()
 
 
-def measure(path: Path, sizes: dict[str, Any], n_fill: int) -> dict[str, Any]:
+def measure(
+    path: Path, placement: dict[str, int], sizes: dict[str, Any], n_fill: int
+) -> dict[str, Any]:
     """Load for real, fill a stretch of the context, decode a little: memory and speed.
+
+    Bytes of weights and of the context are by the engine's name of the buffer they lie in.
 
     Raises:
         EngineError: If the engine cannot.
     """
     llama = load_llama()
-    base = _resident()
-    with _peak_memory() as peak:
+    base, gpus = resident_bytes(), GpuMemory()
+    with peak_resident() as peak:
         started = time.perf_counter()
-        with _model(path, with_mtp=False, for_real=True, options=sizes) as model:
+        with _model(path, placement, with_mtp=False, for_real=True) as model:
             weights = _sums(_WEIGHTS)
             load_s = time.perf_counter() - started
             with _context(model, sizes) as context:
-                report = _reported()
+                allocated = {part: _sums(pattern) for part, pattern in _ALLOCATED.items()}
                 prefill_s = _prefill(llama, context, n_fill, sizes["n_ubatch"])
                 decode_s = _decode(llama, context, n_fill)
-                report["resident"] = _resident()
-    report |= {
+                resident, proportional = resident_bytes(), proportional_bytes()
+                gpu_bytes = gpus.taken()
+    return {
         "weights": weights,
-        "base_bytes": base["rss"],
-        "peak_bytes": peak["rss"],
+        **allocated,
+        "base_bytes": base,
+        "resident_bytes": resident,
+        "proportional_bytes": proportional,
+        "peak_bytes": max(peak[0], resident),
+        "gpu_bytes": gpu_bytes,
         "load_s": load_s,
         "prefill_tps": n_fill / prefill_s,
         "decode_tps": _N_DECODED / decode_s,
     }
-    return report
 
 
 def devices() -> list[dict[str, Any]]:
@@ -152,7 +179,7 @@ def _ggml(llama: Any) -> Any:
 
 @contextmanager
 def _model(
-    path: Path, *, with_mtp: bool, for_real: bool, options: dict[str, Any] | None = None
+    path: Path, placement: dict[str, int], *, with_mtp: bool, for_real: bool
 ) -> Iterator[Any]:
     llama = load_llama()
     params = llama.llama_model_default_params()
@@ -160,8 +187,9 @@ def _model(
     # Mapped, the weights that the engine rearranges for the processor would be resident twice.
     params.load_mode = _LOAD_NONE
     params.load_mtp = with_mtp
-    n_gpu_layers = (options or {}).get("n_gpu_layers", 0)
+    n_gpu_layers = placement["n_gpu_layers"]
     params.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 999
+    keep_experts_on_host(llama, params, placement["n_cpu_moe"])
     engine_log.clear()
     handle = llama.llama_model_load_from_file(str(path).encode(), params)
     if not handle:
@@ -261,44 +289,6 @@ def _evaluate(llama: Any, context: Any, tokens: list[int], pos: int) -> None:
 def _n_vocab(llama: Any, context: Any) -> int:
     model = llama.llama_get_model(context)
     return int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)))
-
-
-# -- memory of this process ---------------------------------------------------------------------
-
-
-def _resident() -> dict[str, int]:
-    """Resident bytes of this process, and which of them are its own and which a file's."""
-    import psutil
-
-    report = {"rss": int(psutil.Process().memory_info().rss)}
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return report
-    for line in lines:
-        name, _, value = line.partition(":")
-        if name in ("RssAnon", "RssFile"):
-            report[name.removeprefix("Rss").lower()] = int(value.split()[0]) * 1024
-    return report
-
-
-@contextmanager
-def _peak_memory() -> Iterator[dict[str, int]]:
-    """Watches resident memory while the block runs."""
-    peak = {"rss": 0}
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(_PEAK_INTERVAL_S):
-            peak["rss"] = max(peak["rss"], _resident()["rss"])
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        done.set()
-        thread.join()
 
 
 if __name__ == "__main__":

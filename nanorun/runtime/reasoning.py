@@ -16,7 +16,24 @@ from enum import Enum
 from nanorun.errors import UsageError
 
 LEVELS: dict[str, int | None] = {"off": 0, "low": 512, "medium": 4096, "high": 16384, "max": None}
-"""Thinking tokens per level for a family whose only dial is a budget; None is unlimited."""
+"""Thinking tokens of each level, for every family; None is unlimited."""
+
+
+# Families whose template can ask for less thinking take that as well as the budget: Super knows
+# `low_effort`, Ultra `medium_effort` (model cards). Nano has neither.
+_EFFORTS = {"low": ("low_effort", "medium_effort"), "medium": ("medium_effort",)}
+
+
+def template_effort(think: str | int, template: str) -> dict[str, bool]:
+    """Variables by which a chat template is told of a level, for families that have them.
+
+    Args:
+        think: A level or a budget; a budget is only a budget.
+        template: The template's source.
+    """
+    names = _EFFORTS.get(str(think).strip().lower(), ())
+    known = [name for name in names if re.search(rf"\b{name}\b", template)]
+    return dict.fromkeys(known[:1], True)
 
 
 def parse_think(value: str | int) -> int | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from nanorun.chat.call_grammar import call_grammar, reply_grammar
 from nanorun.chat.parser import ReplyParser
 from nanorun.chat.prompt import RenderedPrompt
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message
+from nanorun.runtime.constraint import Constraint
 from nanorun.runtime.model import LoadedModel
-from nanorun.runtime.reasoning import ReasoningDial, parse_think
+from nanorun.runtime.reasoning import ReasoningDial, parse_think, template_effort
 from nanorun.runtime.sampling import SamplingSettings, settle_sampling
 
 
@@ -27,14 +30,61 @@ class Request:
     parser: ReplyParser
     max_tokens: int | None
     ignore_eos: bool
+    constraint: Constraint | None = None
+    """What the answer must look like."""
+    background: bool = False
+    """Give way to requests that somebody waits for."""
     anchor: bool = False
     """Only read the prompt, in idle time, for the sake of the next turn."""
 
 
+def needs_constraint(options: GenerateOptions) -> bool:
+    """Whether `compile_constraint` has anything to do."""
+    one_call = bool(options.tools) and not options.parallel_tool_calls
+    strict = any(tool["function"].get("strict") for tool in options.tools)
+    return options.grammar is not None or options.tool_choice == "required" or one_call or strict
+
+
+def compile_constraint(model: LoadedModel, options: GenerateOptions) -> Constraint | None:
+    """The form that an answer is to have, if any; may take a second, in any thread.
+
+    Raises:
+        UsageError: If a grammar has no meaning, or a call is required and there are no tools.
+    """
+    must_call = options.tool_choice == "required"
+    if must_call and not options.tools:
+        raise UsageError("a tool call is required, but there are no tools")
+    if not needs_constraint(options):
+        return None
+    call_tokens = model.call_tokens
+    if options.grammar is None and not must_call:
+        call = model.grammars.compile(call_grammar(options.tools, call_tokens=call_tokens))
+        only_one = not options.parallel_tool_calls
+        return Constraint(call=call, call_token=call_tokens[0], ends_with_call=only_one)
+    reply = model.grammars.compile(
+        reply_grammar(
+            options.grammar, options.tools, parallel=options.parallel_tool_calls,
+            call_tokens=call_tokens,
+        )
+    )  # fmt: skip
+    return Constraint(reply=reply, call_token=call_tokens[0])
+
+
 def prepare_request(
-    request_id: str, model: LoadedModel, messages: Sequence[Message], options: GenerateOptions
+    request_id: str,
+    model: LoadedModel,
+    messages: Sequence[Message],
+    options: GenerateOptions,
+    constraint: Constraint | None = None,
 ) -> Request:
     """Render, tokenize and settle a request.
+
+    Args:
+        request_id: Its name.
+        model: The model.
+        messages: The conversation.
+        options: How to answer.
+        constraint: What `compile_constraint` made of the options.
 
     Raises:
         UsageError: If the options or messages make no sense.
@@ -48,6 +98,12 @@ def prepare_request(
     rendered = _render(model, messages, options, thinking)
     prompt, boundaries = tokenize_prompt(model, rendered)
     thinking = thinking and rendered.text.rstrip("\n").endswith("<think>")
+    if constraint is not None and not thinking:
+        constraint.answer_begins()
+    if options.grammar is not None and not options.tools:
+        # A call would end the thinking and could not be part of the answer.
+        no_call = (model.call_tokens[0], -math.inf)
+        options = replace(options, logit_bias=(*options.logit_bias, no_call))
     return Request(
         id=request_id,
         prompt=prompt,
@@ -59,6 +115,8 @@ def prepare_request(
         parser=ReplyParser(starts_in_thinking=thinking, tools=options.tools, stop=options.stop),
         max_tokens=options.max_tokens,
         ignore_eos=options.ignore_eos,
+        constraint=constraint,
+        background=options.priority == "background",
     )
 
 
@@ -111,6 +169,7 @@ def _render(
         tools=options.tools,
         enable_thinking=thinking,
         truncate_history_thinking=not options.keep_thinking,
+        extra=template_effort(options.think, model.template.source),
     )
 
 

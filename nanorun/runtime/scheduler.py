@@ -26,8 +26,10 @@ class Schedulable(Protocol):
     """What the scheduler needs to know of a stream."""
 
     request: Request
+    prompt: list[int]
     branch: Branch | None
     pending: int | None
+    drafts: list[int]
     stops: set[int]
 
     @property
@@ -38,6 +40,10 @@ class Schedulable(Protocol):
     def in_prefill(self) -> bool:
         """Whether prompt tokens are left."""
 
+    @property
+    def turn(self) -> tuple[bool, bool, int]:
+        """Sorts streams: who is served first."""
+
 
 S = TypeVar("S", bound=Schedulable)
 
@@ -46,16 +52,18 @@ def plan_rows(streams: Sequence[S], n_batch: int, n_ubatch: int) -> list[tuple[S
     """Lay out the next batch: answering streams, then prompts within one ubatch.
 
     Args:
-        streams: Running streams in order of arrival.
+        streams: Running streams; their turns decide whose prompt is read first.
         n_batch: Tokens a batch may hold.
         n_ubatch: Tokens after which a cancellation takes effect.
     """
     plan: list[tuple[S, Row]] = []
+    streams = sorted(streams, key=lambda stream: stream.turn)
     for stream in streams:
         if not stream.in_prefill and stream.branch is not None and stream.pending is not None:
-            row = Row(stream.branch.seq_id, stream.n_evaluated, [stream.pending], True)
+            tokens, n_drafts = [stream.pending, *stream.drafts], len(stream.drafts)
+            row = Row(stream.branch.seq_id, stream.n_evaluated, tokens, True, n_drafts=n_drafts)
             plan.append((stream, row))
-    n_left = min(n_batch, n_ubatch) - len(plan)
+    n_left = min(n_batch, n_ubatch) - sum(len(row.tokens) for _, row in plan)
     if plan:
         n_left = min(n_left, MAX_PREFILL_BESIDE_DECODE)
     for stream in streams:
@@ -68,10 +76,23 @@ def plan_rows(streams: Sequence[S], n_batch: int, n_ubatch: int) -> list[tuple[S
 
 def _prefill_row(stream: Schedulable, branch: Branch, n_most: int) -> Row:
     """The next piece of a prompt, ending early where the stream has to pause."""
-    prompt, start = stream.request.prompt, stream.n_evaluated
+    prompt, start = stream.prompt, stream.n_evaluated
     end = min(len(prompt), start + n_most, *(p for p in stream.stops if p > start))
     wants_logits = end == len(prompt) and not stream.request.anchor
     return Row(branch.seq_id, start, prompt[start:end], wants_logits)
+
+
+def last_in_turn(running: Sequence[S], than: S | None = None) -> S | None:
+    """The running stream to suspend when there is not room for all.
+
+    Args:
+        running: Candidates.
+        than: Who needs the room; only background work gives way to an interactive stream.
+    """
+    candidates = [
+        s for s in running if than is None or (s.turn[:2] > than.turn[:2] and s is not than)
+    ]
+    return max(candidates, key=lambda stream: stream.turn, default=None)
 
 
 def shared_prefix_leader(

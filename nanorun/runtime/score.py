@@ -6,6 +6,7 @@ the second half of a chunk count, so that each has at least half a context befor
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,8 @@ from nanorun.runtime.context import Context, Row
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
 
-# Rows of logits held at once: 64 MiB at a vocabulary of 131,072.
-_N_ROWS = 128
+N_ROWS = 128
+"""Rows of logits held at once: 64 MiB at a vocabulary of 131,072."""
 
 Progress = Callable[[int, int], None]
 
@@ -43,6 +44,39 @@ class Predictions:
     """The tokens that came, `(n,)`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A text, and how it becomes chunks of tokens."""
+
+    text: str
+    n_ctx: int
+    """Tokens of a chunk; what does not fill the last one is left out."""
+    special: bool = False
+    """Whether texts of control tokens become control tokens."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the text, in hex."""
+        return hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest()
+
+    def chunks(self, model: LoadedModel) -> list[list[int]]:
+        """The tokens in chunks, each begun by BOS where the model wants one.
+
+        Raises:
+            UsageError: If the text or `n_ctx` is too short.
+        """
+        tokens = model.tokenize(self.text, special=self.special)
+        if model.adds_bos:
+            tokens.insert(0, model.bos)
+        n_ctx = min(self.n_ctx, len(tokens))
+        if n_ctx < 4:
+            raise UsageError(
+                f"a text of {len(tokens)} tokens in chunks of {n_ctx} is too short to score"
+            )
+        chunks = [tokens[i : i + n_ctx] for i in range(0, len(tokens) - n_ctx + 1, n_ctx)]
+        return [[model.bos, *chunk[1:]] for chunk in chunks] if model.adds_bos else chunks
+
+
 def score_text(
     model: LoadedModel,
     options: EngineOptions,
@@ -63,37 +97,11 @@ def score_text(
         UsageError: If the text or `n_ctx` is too short.
     """
     loss, n_scored = 0.0, 0
-    for part in predictions(model, options, chunks_of(model, text, n_ctx), progress):
+    for part in predictions(model, options, Source(text, n_ctx).chunks(model), progress):
         losses = -log_softmax(part.logits)[np.arange(len(part.targets)), part.targets]
         loss += float(losses.sum())
         n_scored += len(losses)
     return ScoreResult(n_scored, math.exp(loss / n_scored))
-
-
-def chunks_of(
-    model: LoadedModel, text: str, n_ctx: int, *, special: bool = False
-) -> list[list[int]]:
-    """A text as chunks of `n_ctx` tokens, each begun by BOS where the model wants one.
-
-    Args:
-        model: Whose tokens.
-        text: The text.
-        n_ctx: Tokens of a chunk; what does not fill the last one is left out.
-        special: Whether texts of control tokens become control tokens.
-
-    Raises:
-        UsageError: If the text or `n_ctx` is too short.
-    """
-    tokens = model.tokenize(text, special=special)
-    if model.adds_bos:
-        tokens.insert(0, model.bos)
-    n_ctx = min(n_ctx, len(tokens))
-    if n_ctx < 4:
-        raise UsageError(
-            f"a text of {len(tokens)} tokens in chunks of {n_ctx} is too short to score"
-        )
-    chunks = [tokens[i : i + n_ctx] for i in range(0, len(tokens) - n_ctx + 1, n_ctx)]
-    return [[model.bos, *chunk[1:]] for chunk in chunks] if model.adds_bos else chunks
 
 
 def predictions(
@@ -104,13 +112,13 @@ def predictions(
 ) -> Iterator[Predictions]:
     """The predictions that count, some rows at a time, in the order of the text."""
     sizes = replace(
-        options, n_ctx=len(chunks[0]), n_parallel=1, n_seq_spare=0, n_batch=_N_ROWS,
-        n_ubatch=_N_ROWS,
+        options, n_ctx=len(chunks[0]), n_parallel=1, n_seq_spare=0, n_batch=N_ROWS,
+        n_ubatch=N_ROWS,
     )  # fmt: skip
-    context = Context(model, sizes, n_outputs_max=_N_ROWS)
+    context = Context(model, sizes, n_outputs_max=N_ROWS)
     try:
         for i, chunk in enumerate(chunks):
-            yield from _chunk_predictions(context, chunk)
+            yield from chunk_predictions(context, chunk)
             if progress is not None:
                 progress(i + 1, len(chunks))
     finally:
@@ -124,12 +132,12 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return shifted
 
 
-def _chunk_predictions(context: Context, chunk: list[int]) -> Iterator[Predictions]:
+def chunk_predictions(context: Context, chunk: list[int]) -> Iterator[Predictions]:
     """The predictions of the second half of a chunk."""
     context.drop(0)
     first, last = len(chunk) // 2, len(chunk) - 1
-    for start in [*range(0, first, _N_ROWS), *range(first, len(chunk), _N_ROWS)]:
-        end = min(start + _N_ROWS, first if start < first else len(chunk))
+    for start in [*range(0, first, N_ROWS), *range(first, len(chunk), N_ROWS)]:
+        end = min(start + N_ROWS, first if start < first else len(chunk))
         scored = start >= first
         row = Row(0, start, chunk[start:end], wants_logits=scored, all_logits=scored)
         (index,) = context.decode([row])

@@ -58,6 +58,8 @@ def open_store(model: LoadedModel, options: EngineOptions) -> StateStore | None:
     if options.state_dir is None:
         return None
     types = f"{options.type_k}/{options.type_v}"
+    if options.speculation == "mtp":
+        types += "/mtp"  # the head's state is part of it
     identity = f"{model.fingerprint}/{types}/{version('llama-cpp-python')}"
     fingerprint = hashlib.blake2b(identity.encode(), digest_size=_DIGEST_BYTES).hexdigest()
     return StateStore(Path(options.state_dir), fingerprint, options.state_bytes)

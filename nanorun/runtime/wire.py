@@ -16,12 +16,14 @@ from nanorun.model.chat import (
     Event,
     Finished,
     GenerateOptions,
+    Grammar,
     Message,
     Notice,
     PrefillProgress,
     TextDelta,
     ThinkingDelta,
     Timings,
+    TokenLogprobs,
     ToolCall,
     ToolCallDelta,
     Usage,
@@ -62,11 +64,17 @@ def unpack(body: bytes) -> dict[str, Any]:
 
 def event_to_json(event: Event) -> dict[str, Any]:
     """An event as a JSON object."""
+    if isinstance(event, TextDelta | ThinkingDelta):  # one a token; asdict copies deeply
+        return {"kind": type(event).__name__, "text": event.text}
+    if isinstance(event, TokenLogprobs):
+        return _logprobs_to_json(event)
     return {"kind": type(event).__name__, **asdict(event)}
 
 
 def event_from_json(payload: dict[str, Any]) -> Event:
     """The event of a JSON object made by `event_to_json`."""
+    if payload["kind"] == "TokenLogprobs":
+        return _logprobs_from_json(payload)
     fields = {key: value for key, value in payload.items() if key not in ("kind", "id")}
     if payload["kind"] == "Finished":
         fields["usage"] = Usage(**fields["usage"])
@@ -75,6 +83,26 @@ def event_from_json(payload: dict[str, Any]) -> Event:
         fields["call"] = ToolCall(**fields["call"])
     event: Event = _EVENTS[payload["kind"]](**fields)
     return event
+
+
+def _logprobs_to_json(event: TokenLogprobs) -> dict[str, Any]:
+    """A piece may be part of a character; as Latin-1 every byte is one."""
+    return {
+        "kind": "TokenLogprobs",
+        "piece": event.piece.decode("latin-1"),
+        "logprob": event.logprob,
+        "alternatives": [[piece.decode("latin-1"), p] for piece, p in event.alternatives],
+        "in_thinking": event.in_thinking,
+    }
+
+
+def _logprobs_from_json(payload: dict[str, Any]) -> TokenLogprobs:
+    return TokenLogprobs(
+        payload["piece"].encode("latin-1"),
+        payload["logprob"],
+        tuple((piece.encode("latin-1"), p) for piece, p in payload["alternatives"]),
+        payload["in_thinking"],
+    )
 
 
 def message_from_json(payload: dict[str, Any]) -> Message:
@@ -91,6 +119,7 @@ def options_from_json(payload: dict[str, Any]) -> GenerateOptions:
             "logit_bias": tuple((int(token), float(bias)) for token, bias in payload["logit_bias"]),
             "stop": tuple(payload["stop"]),
             "tools": tuple(payload["tools"]),
+            "grammar": Grammar(**payload["grammar"]) if payload["grammar"] else None,
         }
     )
 

@@ -13,7 +13,10 @@ import queue
 import signal
 import sys
 import threading
+import time
 import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,7 +35,12 @@ from nanorun.runtime import wire
 from nanorun.runtime.engine import Engine
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.request import prepare_anchor, prepare_request
+from nanorun.runtime.request import (
+    compile_constraint,
+    needs_constraint,
+    prepare_anchor,
+    prepare_request,
+)
 from nanorun.runtime.score import score_text
 
 Frame = dict[str, Any]
@@ -40,6 +48,7 @@ Frame = dict[str, Any]
 _EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 # Idle time after which conversations that changed are written to disk.
 _SAVE_AFTER_S = 2.0
+_FLUSH_EVERY_S = 0.004
 
 
 @dataclass(slots=True)
@@ -68,12 +77,21 @@ class Worker:
         self._inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._engine: Engine | None = None
         self._turns: dict[str, Turn] = {}
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
+        self._compiling: set[str] = set()
+        """Requests whose grammar is not compiled yet."""
+        self._sink_lock = threading.Lock()
+        self._outbox = bytearray()
+        self._gathering = False
+        self._last_flush = 0.0
+        self._step_began: float | None = None
 
     def run(self) -> None:
         """Open the model named by the first frame, then serve until told to close."""
         opening = self._read()
         if opening is None:
             return
+        threading.Thread(target=self._listen, daemon=True).start()
         try:
             self._engine = self._open(opening)
         except NanorunError as error:
@@ -81,7 +99,8 @@ class Worker:
             return
         info = asdict(describe(self._engine))
         self._send(opening["id"], {"kind": "ready", "info": info})
-        threading.Thread(target=self._listen, daemon=True).start()
+        with contextlib.suppress(NanorunError):
+            self._engine.model.warm_up()
         try:
             self._serve(self._engine)
         finally:
@@ -100,8 +119,12 @@ class Worker:
                 if frame["verb"] == "close":
                     return
                 self._handle(engine, frame)
-            for request_id, output in engine.step():
-                self._deliver(engine, request_id, output)
+            self._step_began = time.monotonic()
+            outputs = engine.step()
+            self._step_began = None
+            with self._one_write(engine):
+                for request_id, output in outputs:
+                    self._deliver(engine, request_id, output)
 
     def _next_frame(self, engine: Engine) -> Frame:
         """Wait for a frame; when none comes for a while, use the time to save."""
@@ -137,22 +160,28 @@ class Worker:
                 engine.submit(anchor)
 
     def _listen(self) -> None:
-        """Reader thread. A cancellation takes effect even while a batch is being evaluated."""
+        """Reader thread: signs of life and cancellations do not wait for the end of a batch."""
         while (frame := self._read()) is not None:
+            if frame["verb"] == "ping":
+                self._answer_ping(frame["id"])
+                continue
             if frame["verb"] == "cancel" and self._engine is not None:
                 self._engine.cancel(frame["id"])
             self._inbox.put(frame)
         os._exit(0)  # the parent is gone: nobody is left to answer
 
+    def _answer_ping(self, request_id: str) -> None:
+        began = self._step_began
+        step_s = 0.0 if began is None else time.monotonic() - began
+        self._send(request_id, {"kind": "pong", "step_s": step_s})
+
     def _handle(self, engine: Engine, frame: Frame) -> None:
         request_id, verb = frame["id"], frame["verb"]
         try:
             if verb == "generate":
-                messages = [wire.message_from_json(m) for m in frame["messages"]]
-                options = wire.options_from_json(frame["options"])
-                engine.submit(prepare_request(request_id, engine.model, messages, options))
-                self._turns[request_id] = Turn(messages, options)
+                self._generate(engine, frame)
             elif verb == "cancel":
+                self._compiling.discard(request_id)
                 engine.cancel(request_id)
             elif verb == "finish_thinking":
                 engine.finish_thinking(request_id)
@@ -161,12 +190,43 @@ class Worker:
             elif verb == "tokenize":
                 tokens = engine.model.tokenize(frame["text"], special=frame["special"])
                 self._send(request_id, {"kind": "result", "value": tokens})
+            elif verb == "stats":
+                self._send(request_id, {"kind": "result", "value": asdict(engine.stats())})
             elif verb == "score":
                 self._score(engine, frame)
             else:
                 raise EngineError(f"the engine does not know the verb {verb!r}")
         except NanorunError as error:
             self._send(request_id, wire.error_to_json(error))
+
+    def _generate(self, engine: Engine, frame: Frame) -> None:
+        request_id, options = frame["id"], wire.options_from_json(frame["options"])
+        if "constraint" not in frame:
+            if needs_constraint(options):
+                self._compile(engine, frame, options)
+                return
+        elif request_id not in self._compiling:
+            return  # cancelled meanwhile
+        self._compiling.discard(request_id)
+        constraint = frame.get("constraint")
+        if isinstance(constraint, NanorunError):
+            raise constraint
+        messages = [wire.message_from_json(m) for m in frame["messages"]]
+        engine.submit(prepare_request(request_id, engine.model, messages, options, constraint))
+        self._turns[request_id] = Turn(messages, options)
+
+    def _compile(self, engine: Engine, frame: Frame, options: GenerateOptions) -> None:
+        """Compile a grammar in another thread; the frame comes back with it."""
+
+        def compile_it() -> None:
+            try:
+                constraint: object = compile_constraint(engine.model, options)
+            except NanorunError as error:
+                constraint = error
+            self._inbox.put({**frame, "constraint": constraint})
+
+        self._compiling.add(frame["id"])
+        self._compiler.submit(compile_it)
 
     def _score(self, engine: Engine, frame: Frame) -> None:
         def progress(n_done: int, n_total: int) -> None:
@@ -183,8 +243,33 @@ class Worker:
         return wire.unpack(body) if body else None
 
     def _send(self, request_id: str, payload: Frame) -> None:
-        self._sink.write(wire.pack({"id": request_id, **payload}))
+        frame = wire.pack({"id": request_id, **payload})
+        with self._sink_lock:
+            self._outbox += frame
+            if not self._gathering:
+                self._flush()
+
+    def _flush(self) -> None:
+        self._sink.write(self._outbox)
         self._sink.flush()
+        self._outbox.clear()
+        self._last_flush = time.monotonic()
+
+    @contextlib.contextmanager
+    def _one_write(self, engine: Engine) -> Iterator[None]:
+        """Send what is said in a `with` block in one go, so that the reader wakes up once a batch.
+
+        Batches that follow each other faster than anyone can read are sent together.
+        """
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
+            is_due = time.monotonic() - self._last_flush > _FLUSH_EVERY_S
+            if self._outbox and (is_due or not engine.busy):
+                with self._sink_lock:
+                    self._flush()
 
 
 def describe(engine: Engine) -> ModelInfo:

@@ -15,7 +15,7 @@ from nanorun.server.chat import ChatEndpoint
 from nanorun.server.errors import ApiError, install_handlers
 from nanorun.server.gate import Gate
 from nanorun.server.replies import model_object
-from nanorun.server.schema import ChatRequest
+from nanorun.server.schema import ChatRequest, ControlRequest
 from nanorun.server.settings import ServerSettings
 
 
@@ -64,5 +64,10 @@ def create_app(
     async def complete_chat(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation, whole or as a stream."""
         return await chat.answer(body, request)
+
+    @app.post("/v1/chat/completions/control")
+    async def control_chat(body: ControlRequest) -> dict[str, Any]:
+        """End the thinking of a reply that streams, or give it another budget."""
+        return await chat.control(body)
 
     return app

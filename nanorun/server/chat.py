@@ -10,13 +10,21 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
-from nanorun.model.chat import Event, Finished, GenerateOptions, Message, Notice, PrefillProgress
-from nanorun.runtime.client import Client
+from nanorun.model.chat import (
+    Event,
+    Finished,
+    GenerateOptions,
+    Message,
+    Notice,
+    PrefillProgress,
+    TokenLogprobs,
+)
+from nanorun.runtime.client import Client, Generation
 from nanorun.server import sse
 from nanorun.server.admission import Admission
 from nanorun.server.errors import ApiError, to_api_error
 from nanorun.server.replies import Reply
-from nanorun.server.schema import ChatRequest
+from nanorun.server.schema import ChatRequest, ControlRequest
 from nanorun.server.settings import ServerSettings
 
 _CLIENT_CLOSED_REQUEST = 499
@@ -36,6 +44,8 @@ class ChatEndpoint:
         self._model_name = model_name
         self._settings = settings
         self.admission = Admission(settings.n_parallel, settings.max_queued)
+        self._streams: dict[str, Generation] = {}
+        """Replies that stream now, by the id their chunks carry."""
 
     async def answer(self, body: ChatRequest, request: Request) -> Response:
         """The response to a request that has been parsed.
@@ -58,6 +68,25 @@ class ChatEndpoint:
             return JSONResponse(await sse.while_connected(request.receive, work))
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
+
+    async def control(self, body: ControlRequest) -> dict[str, Any]:
+        """Change how long a reply thinks while it streams, as llama.cpp's server lets one do.
+
+        Raises:
+            ApiError: If it lacks the budget it is about.
+        """
+        budget = body.reasoning_budget
+        if body.action == "reasoning_budget" and budget is None:
+            message = "reasoning_budget must say how many tokens"
+            raise ApiError(400, message, code="invalid_value", param="reasoning_budget")
+        generation = self._streams.get(body.id)
+        if generation is None:
+            return {"success": False, "message": "no reply with this id streams now"}
+        if body.action == "reasoning_end":
+            await generation.finish_thinking()
+        else:
+            await generation.set_budget(None if budget is None or budget < 0 else budget)
+        return {"success": True}
 
     def _check_model(self, asked: str | None) -> None:
         info = self._client.info
@@ -89,6 +118,7 @@ class ChatEndpoint:
                     aclosing(self._client.generate(messages, options)) as generation,
                     aclosing(sse.with_pauses(generation, pause_s)) as events,
                 ):
+                    self._streams[reply.id] = generation
                     async for event in events:
                         if not has_begun:
                             has_begun = True
@@ -99,6 +129,8 @@ class ChatEndpoint:
                 if not has_begun:
                     raise
                 yield sse.encode(to_api_error(error).body())
+            finally:
+                self._streams.pop(reply.id, None)
 
 
 async def _first(chunks: AsyncGenerator[bytes, None]) -> bytes:
@@ -112,12 +144,15 @@ def _encode_event(reply: Reply, event: Event | None, include_usage: bool) -> lis
             return [sse.comment("waiting")]
         case PrefillProgress(n_done=n_done, n_total=n_total):
             return [sse.comment(f"prompt {n_done} of {n_total} tokens")]
+        case TokenLogprobs():
+            reply.take_logprobs(event)
+            return []
         case Notice(text):
-            return [sse.comment(text)]
-        case Finished(usage=usage):
+            return [sse.comment(f"notice: {text}")]
+        case Finished():
             last = [sse.encode(reply.chunk(event))]
             if include_usage:
-                last.append(sse.encode(reply.usage_chunk(usage)))
+                last.append(sse.encode(reply.usage_chunk(event)))
             return [*last, sse.DONE]
         case _:
             return [sse.encode(reply.chunk(event))]

@@ -18,6 +18,7 @@ from nanorun.model.chat import (
     ModelInfo,
     TextDelta,
     ThinkingDelta,
+    TokenLogprobs,
     ToolCall,
     ToolCallDelta,
     Usage,
@@ -49,7 +50,10 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cached_from": usage.cached_from,
+        },
         "completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
     }
 
@@ -57,6 +61,10 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 def finish_reason(finished: Finished) -> str:
     """OpenAI's word for how a reply ended; it has none for one that was stopped from outside."""
     return "stop" if finished.reason == "cancelled" else finished.reason
+
+
+def _logprob_object(piece: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
 
 
 def _call_object(call: ToolCall) -> dict[str, Any]:
@@ -82,6 +90,8 @@ class Reply:
     thinking: list[str] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
     tool_calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+    """Of the answer's tokens; in a stream those that are not sent yet."""
     finished: Finished | None = None
 
     def take(self, event: Event) -> None:
@@ -91,12 +101,21 @@ class Reply:
                 self.thinking.append(text)
             case TextDelta(text):
                 self.answer.append(text)
+            case TokenLogprobs():
+                self.take_logprobs(event)
             case ToolCallDelta(call=call, problem=problem) if not call.name:
                 self.answer.append(problem or "")  # nothing a client could call
             case ToolCallDelta(call=call):
                 self.tool_calls.append(call)
             case Finished():
                 self.finished = event
+
+    def take_logprobs(self, event: TokenLogprobs) -> None:
+        """Keep a token's likelihood for the chunk or completion that it belongs to."""
+        if not event.in_thinking:
+            best = [_logprob_object(piece, p) for piece, p in event.alternatives]
+            entry = _logprob_object(event.piece, event.logprob)
+            self.logprobs.append({**entry, "top_logprobs": best})
 
     def completion(self) -> dict[str, Any]:
         """The whole completion, once it has finished."""
@@ -113,7 +132,7 @@ class Reply:
         choice = {
             "index": 0,
             "message": message,
-            "logprobs": None,
+            "logprobs": self._take_logprobs(),
             "finish_reason": finish_reason(self.finished),
         }
         return {
@@ -140,16 +159,31 @@ class Reply:
                 return self._chunk({"tool_calls": [{"index": index, **_call_object(call)}]})
             case Finished():
                 last = self._chunk({}, finish_reason(event))
+                if event.stop_text is not None:
+                    last["choices"][0]["stop_reason"] = event.stop_text  # vLLM's name for it
                 return {**last, "timings": asdict(event.timings)}
 
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
+    def usage_chunk(self, finished: Finished) -> dict[str, Any]:
         """The chunk after the last one, which `stream_options.include_usage` asks for."""
-        head = self._head("chat.completion.chunk")
-        return {**head, "choices": [], "usage": usage_object(usage)}
+        return {
+            **self._head("chat.completion.chunk"),
+            "choices": [],
+            "usage": usage_object(finished.usage),
+            "timings": asdict(finished.timings),
+        }
 
     def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+        choice = {
+            "index": 0,
+            "delta": delta,
+            "logprobs": self._take_logprobs(),
+            "finish_reason": reason,
+        }
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _take_logprobs(self) -> dict[str, Any] | None:
+        entries, self.logprobs = self.logprobs, []
+        return {"content": entries, "refusal": None} if entries else None
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}

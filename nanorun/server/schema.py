@@ -10,10 +10,18 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
-from nanorun.model.chat import GenerateOptions, Message, ToolCall
+from nanorun.model.chat import GenerateOptions, Grammar, Message
 from nanorun.server.errors import ApiError
+from nanorun.server.schema_formats import ResponseFormat, StructuredOutputs
+from nanorun.server.schema_messages import (
+    MessageIn,
+    NamedTool,
+    StreamOptions,
+    TemplateOptions,
+    ToolIn,
+)
 
 EFFORTS: dict[str, str | int] = {
     "none": "off",
@@ -28,169 +36,21 @@ EFFORTS: dict[str, str | int] = {
 
 _LABELS = frozenset({
     "metadata", "prediction", "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
-    "safety_identifier", "service_tier", "store", "user",
+    "safety_identifier", "store", "user",
 })  # fmt: skip
 """Fields that say nothing about the answer."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "n": (1,),
-    "parallel_tool_calls": (True,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
 }
 """Fields not supported, with the values that ask for nothing."""
 
 _Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 _Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-def flatten_content(content: Any) -> str:
-    """The text of a message's content: a string, or an array of text parts.
-
-    Raises:
-        ValueError: If it is something else, an image for instance.
-    """
-    if isinstance(content, list):
-        content = "".join(_part_text(part, f"part {i}") for i, part in enumerate(content))
-    if not isinstance(content, str | None):
-        raise ValueError("it must be a string or an array of text parts")
-    text = content or ""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        # JSON can spell half of a character; there is no token for it.
-        raise ValueError(f"character {error.start} is half of a surrogate pair") from error
-    return text
-
-
-def _part_text(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in ("text", "refusal"):
-        raise ValueError(f"{where} is {kind or type(part).__name__}; the model reads text only")
-    text = part.get(kind)
-    if not isinstance(text, str):
-        raise ValueError(f"{where} has no {kind}")
-    return text
-
-
-class FunctionCall(BaseModel):
-    """The function of a tool call in the history."""
-
-    name: str
-    arguments: dict[str, Any]
-
-    @field_validator("arguments", mode="before")
-    @classmethod
-    def _parse(cls, value: Any) -> Any:
-        """OpenAI sends the arguments as JSON in a string."""
-        if not isinstance(value, str):
-            return value
-        try:
-            parsed = json.loads(value or "{}")
-        except ValueError as error:
-            raise ValueError(f"it is not JSON: {error}") from error
-        if not isinstance(parsed, dict):
-            raise ValueError("it must be a JSON object")
-        return parsed
-
-
-class ToolCallIn(BaseModel):
-    """A tool call in the history."""
-
-    id: str = ""
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-class MessageIn(BaseModel):
-    """One message of the conversation. What other servers add to their messages is ignored."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, Field(validate_default=True)] = ""
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    tool_calls: list[ToolCallIn] | None = None
-    tool_call_id: str | None = None
-    function_call: Any = None
-    audio: Any = None
-
-    @property
-    def has_thinking(self) -> bool:
-        """Whether the client gave a reply's thinking back."""
-        return bool(self.reasoning_content or self.reasoning)
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _flatten(cls, value: Any) -> str:
-        return flatten_content(value)
-
-    @field_validator("function_call", "audio")
-    @classmethod
-    def _refuse(cls, value: Any) -> None:
-        if value is not None:
-            raise ValueError("it is not supported")
-
-    @model_validator(mode="after")
-    def _check_role(self) -> MessageIn:
-        if self.tool_calls and self.role != "assistant":
-            raise ValueError(f"tool_calls do not belong to role {self.role!r}")
-        return self
-
-    def to_message(self) -> Message:
-        """The message as the engine takes it."""
-        calls = [
-            ToolCall(call.id, call.function.name, call.function.arguments)
-            for call in self.tool_calls or ()
-        ]
-        return Message(
-            "system" if self.role == "developer" else self.role,
-            self.content,
-            thinking=self.reasoning_content or self.reasoning or None,
-            tool_calls=tuple(calls),
-            tool_call_id=self.tool_call_id,
-        )
-
-
-class FunctionIn(BaseModel):
-    """A function that the model may call."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: Annotated[str, Field(min_length=1)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class ToolIn(BaseModel):
-    """A tool that the model may use."""
-
-    type: Literal["function"]
-    function: FunctionIn
-
-    def to_tool(self) -> dict[str, Any]:
-        """The tool without its nulls: templates take an absent description, not a null one."""
-        return {"type": self.type, "function": self.function.model_dump(exclude_none=True)}
-
-
-class StreamOptions(BaseModel):
-    """What a stream carries beside the answer."""
-
-    include_usage: bool = False
-
-
-class TemplateOptions(BaseModel):
-    """The template's own switch, as vLLM's clients set it."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    enable_thinking: bool | None = None
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
 class ChatRequest(BaseModel):
@@ -210,11 +70,26 @@ class ChatRequest(BaseModel):
     min_p: _Unit | None = None
     seed: int | None = None
     logit_bias: dict[Annotated[int, Field(ge=0)], _Bias] | None = None
+    frequency_penalty: _Penalty | None = None
+    presence_penalty: _Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    penalty_last_n: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=100)] | None = None
+    dry_base: Annotated[float, Field(ge=1, le=100)] | None = None
+    dry_allowed_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    """`flex` may wait: it gives way to all others while they need its place."""
     ignore_eos: StrictBool | None = None
     """llama.cpp's: go on past the end of the turn."""
     stop: list[Annotated[str, Field(min_length=1)]] | None = None
     tools: list[ToolIn] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's: a form that JSON Schema cannot express."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = (
         None
     )
@@ -225,13 +100,6 @@ class ChatRequest(BaseModel):
     @classmethod
     def _to_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
-
-    @field_validator("tool_choice", mode="before")
-    @classmethod
-    def _check_choice(cls, value: Any) -> Any:
-        if value not in (None, "none", "auto"):
-            raise ValueError("only 'none' and 'auto' are supported")
-        return value
 
     @property
     def wants_usage(self) -> bool:
@@ -255,6 +123,19 @@ class ChatRequest(BaseModel):
         if len(both) > 1:
             message = "max_tokens and max_completion_tokens differ; give one of them"
             raise ApiError(400, message, code="invalid_value", param="max_tokens")
+        if self.top_logprobs and not self.logprobs:
+            message = "top_logprobs needs logprobs to be true"
+            raise ApiError(400, message, code="invalid_value", param="top_logprobs")
+        if isinstance(self.tool_choice, NamedTool):
+            self._named(self.tool_choice)
+
+    def _named(self, choice: NamedTool) -> list[ToolIn]:
+        """The one tool that must be called."""
+        found = [t for t in self.tools or () if t.function.name == choice.function.name]
+        if not found:
+            message = f"tool_choice names {choice.function.name!r}, which is none of the tools"
+            raise ApiError(400, message, code="invalid_value", param="tool_choice")
+        return found[:1]
 
     def to_messages(self) -> list[Message]:
         """The conversation as the engine takes it."""
@@ -262,7 +143,7 @@ class ChatRequest(BaseModel):
 
     def to_options(self, *, default_think: str | int) -> GenerateOptions:
         """The settings as the engine takes them."""
-        offered = () if self.tool_choice == "none" else self.tools or ()
+        must_call = self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
         return GenerateOptions(
             think=self._think(default_think),
             max_tokens=self.max_completion_tokens or self.max_tokens,
@@ -272,11 +153,42 @@ class ChatRequest(BaseModel):
             min_p=self.min_p,
             seed=self.seed,
             logit_bias=tuple((self.logit_bias or {}).items()),
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            repetition_penalty=self.repetition_penalty,
+            penalty_last_n=self.penalty_last_n,
+            dry_multiplier=self.dry_multiplier,
+            dry_base=self.dry_base,
+            dry_allowed_length=self.dry_allowed_length,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            priority="background" if self.service_tier == "flex" else "interactive",
             ignore_eos=bool(self.ignore_eos),
+            keep_thinking=self._keeps_thinking,
             echo_thinking=any(message.has_thinking for message in self.messages),
             stop=tuple(self.stop or ()),
-            tools=tuple(tool.to_tool() for tool in offered),
+            tools=tuple(tool.to_tool() for tool in self._offered()),
+            tool_choice="required" if must_call else "auto",
+            parallel_tool_calls=self.parallel_tool_calls is not False,
+            grammar=self._grammar(),
         )
+
+    def _offered(self) -> list[ToolIn]:
+        if isinstance(self.tool_choice, NamedTool):
+            return self._named(self.tool_choice)
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    def _grammar(self) -> Grammar | None:
+        """The form that the answer must have."""
+        if self.response_format is not None:
+            schema = self.response_format.schema_text()
+            if schema is not None:
+                return Grammar("json_schema", schema)
+        return self.structured_outputs.to_grammar() if self.structured_outputs else None
+
+    @property
+    def _keeps_thinking(self) -> bool:
+        template = self.chat_template_kwargs
+        return template is not None and template.truncate_history_thinking is False
 
     def _think(self, default: str | int) -> str | int:
         """The depth: a budget says it most exactly, then the effort, then the template's switch."""
@@ -287,3 +199,12 @@ class ChatRequest(BaseModel):
         if self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking is False:
             return "off"
         return default
+
+
+class ControlRequest(BaseModel):
+    """The body that changes a reply while it streams."""
+
+    id: str
+    action: Literal["reasoning_end", "reasoning_budget"]
+    reasoning_budget: Annotated[int, Field(ge=-1)] | None = None
+    """For the action of that name: thinking tokens from the reply's start; -1 for no limit."""

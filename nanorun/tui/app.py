@@ -45,6 +45,7 @@ class NanorunApp(App[None]):
         client: Answers. The app starts it and closes it.
         model_name: What to call the model; by default its own name, once it is loaded.
         options: How to answer; `think` is where the reasoning dial stands at first.
+        endpoint: What the client talks to, if that is not an engine on this machine.
     """
 
     CSS_PATH = "app.tcss"
@@ -59,11 +60,13 @@ class NanorunApp(App[None]):
         *,
         model_name: str = "",
         options: GenerateOptions | None = None,
+        endpoint: str = "",
     ) -> None:
         super().__init__()
         self._client = client
         self._model_name = model_name
         self._options = options or GenerateOptions()
+        self._endpoint = endpoint
 
     def on_mount(self) -> None:
         """Dress the app."""
@@ -87,7 +90,12 @@ class NanorunApp(App[None]):
 
     def get_default_screen(self) -> Screen[None]:
         """The chat."""
-        return ChatScreen(self._client, model_name=self._model_name, options=self._options)
+        return ChatScreen(
+            self._client,
+            model_name=self._model_name,
+            options=self._options,
+            endpoint=self._endpoint,
+        )
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
         """The chat's commands, as far as they apply now, before Textual's own."""

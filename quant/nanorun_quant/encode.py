@@ -1,56 +1,153 @@
-"""Numbers into the bytes of a type, by the better of the encoders there are for it."""
+"""Numbers into the bytes of a type, by the encoder that was chosen for it."""
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nanorun.errors import LibraryError, UsageError
 from nanorun.model.ggml_type import GgmlType
 from nanorun_quant.codecs import q2_0
-from nanorun_quant.ggml import Ggml, UnquantizableError
+from nanorun_quant.ggml import F16_MAX, Ggml, UnquantizableError, check_range, load_ggml
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from nanorun_quant.torch_quantizer import TorchQuantizer
 
-def encode(
-    ggml: Ggml,
-    data: NDArray[np.float32],
-    type_: GgmlType,
-    weights: NDArray[np.float32] | None = None,
-) -> NDArray[np.uint8]:
-    """Encode rows as `type_`; bytes are ggml's own, except for Q2_0 (see `codecs.q2_0`).
+QUANTIZER_NAMES = ("auto", "ggml", "torch")
+TORCH_TYPES = frozenset(
+    (
+        GgmlType.Q3_K, GgmlType.Q4_K, GgmlType.Q5_K, GgmlType.Q6_K, GgmlType.IQ4_NL,
+        GgmlType.IQ4_XS,
+    )
+)  # fmt: skip
+"""Types that are slow to encode with ggml and that torch can encode too."""
+# Of all of them Q6_K reaches furthest: a float16, times a scale, times a level.
+_TORCH_MAX = F16_MAX * 128 * 32
+
+
+class Encoder:
+    """Encodes rows; every method may be called from several threads.
 
     Args:
-        ggml: The library.
-        data: `(n_rows, n_per_row)`.
-        type_: The type.
-        weights: Weight of each column's squared error, `(n_per_row,)`.
+        ggml: The library, whose bytes those of most types are.
+        on_torch: Encodes `TORCH_TYPES` instead, if given.
+    """
 
-    Returns:
-        The bytes, `(n_rows, row_bytes)`.
+    def __init__(self, ggml: Ggml, on_torch: TorchQuantizer | None = None) -> None:
+        self._ggml = ggml
+        self._torch = on_torch
+
+    def encode(
+        self,
+        data: NDArray[np.float32],
+        type_: GgmlType,
+        weights: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Encode rows as `type_`.
+
+        Q2_0 is always encoded by `codecs.q2_0`, all else by ggml unless torch is there for it.
+
+        Args:
+            data: `(n_rows, n_per_row)`.
+            type_: The type.
+            weights: Weight of each column's squared error, `(n_per_row,)`.
+
+        Returns:
+            The bytes, `(n_rows, row_bytes)`.
+
+        Raises:
+            UnquantizableError: If the type cannot hold a number.
+        """
+        if type_ is GgmlType.Q2_0:
+            check_range(data, type_)
+            return q2_0.encode(data, weights)
+        if self._torch is None or type_ not in TORCH_TYPES:
+            return self._ggml.quantize(data, type_, weights)
+        check_range(data, type_)
+        if np.abs(data).max(initial=0.0) > _TORCH_MAX:
+            raise UnquantizableError(f"a block's scale is beyond what {type_.label} holds")
+        raw = self._torch.quantize(np.ascontiguousarray(data, np.float32), type_, weights)
+        self._ggml.check_blocks(raw, type_)
+        return raw
+
+    def squared_error(
+        self,
+        data: NDArray[np.float32],
+        type_: GgmlType,
+        weights: NDArray[np.float32] | None = None,
+    ) -> float:
+        """What encoding as `type_` adds: the sum of weighted squared differences."""
+        raw = self.encode(data, type_, weights)
+        difference = self._ggml.dequantize(raw, type_, data.shape[1]).astype(np.float64) - data
+        squares = np.square(difference).sum(axis=0)
+        return float(squares.sum() if weights is None else squares @ weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """Whose code makes the bytes."""
+
+    device: str | None = None
+    """Torch's device; None for ggml alone."""
+
+    @property
+    def label(self) -> str:
+        """What the file says of it: `ggml`, or `torch 2.13.0 on cuda`."""
+        if self.device is None:
+            return "ggml"
+        from importlib.metadata import version
+
+        return f"torch {version('torch')} on {self.device}"
+
+    def open(self) -> Encoder:
+        """The encoder, ready for work."""
+        if self.device is None:
+            return Encoder(load_ggml())
+        from nanorun_quant.torch_quantizer import TorchQuantizer
+
+        return Encoder(load_ggml(), TorchQuantizer(self.device))
+
+
+def choose_quantizer(name: str, types: Iterable[GgmlType]) -> Quantizer:
+    """The quantizer called `name`, for a file of these types.
+
+    `auto` is torch where there is a GPU for it and a type that it can encode, else ggml.
 
     Raises:
-        UnquantizableError: If the type cannot hold a number.
+        UsageError: If there is no such quantizer.
+        LibraryError: If torch is wanted and not installed.
     """
-    if type_ is not GgmlType.Q2_0:
-        return ggml.quantize(data, type_, weights)
-    if not np.isfinite(data).all():
-        # ggml's check says where.
-        ggml.quantize(data, type_)
-        raise UnquantizableError("an element is not finite")
-    return q2_0.encode(data, weights)
+    if name not in QUANTIZER_NAMES:
+        raise UsageError(
+            f"there is no quantizer {name!r}", facts=[f"quantizers: {' '.join(QUANTIZER_NAMES)}"]
+        )
+    if name == "torch" and importlib.util.find_spec("torch") is None:
+        raise LibraryError("torch is not installed", tries=["pip install 'nanorun[convert]'"])
+    if name == "ggml" or TORCH_TYPES.isdisjoint(types):
+        return Quantizer()
+    if _has_cuda():
+        return Quantizer("cuda")
+    return Quantizer("cpu" if name == "torch" else None)
 
 
-def squared_error(
-    ggml: Ggml,
-    data: NDArray[np.float32],
-    type_: GgmlType,
-    weights: NDArray[np.float32] | None = None,
-) -> float:
-    """What encoding as `type_` adds: the sum of weighted squared differences."""
-    raw = encode(ggml, data, type_, weights)
-    difference = ggml.dequantize(raw, type_, data.shape[1]).astype(np.float64) - data
-    squares = np.square(difference).sum(axis=0)
-    return float(squares.sum() if weights is None else squares @ weights)
+@cache
+def _has_cuda() -> bool:
+    """Whether torch has a GPU to work on. Torch is only imported where a driver is installed."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    import torch
+
+    return torch.cuda.is_available()

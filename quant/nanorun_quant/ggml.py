@@ -134,7 +134,7 @@ class Ggml:
         n_rows, n_per_row = data.shape
         row_bytes = type_.row_bytes(n_per_row)
         data = np.ascontiguousarray(data, np.float32)
-        _check_range(data, type_)
+        check_range(data, type_)
         weights = None
         if imatrix is not None:
             if imatrix.shape != (n_per_row,):
@@ -145,11 +145,19 @@ class Ggml:
         self._lib.ggml_quantize_chunk(
             type_, data.ctypes.data, raw.ctypes.data, 0, n_rows, n_per_row, weights
         )
+        self.check_blocks(raw, type_)
+        return raw
+
+    def check_blocks(self, raw: NDArray[np.uint8], type_: GgmlType) -> None:
+        """Refuse blocks that the engine would refuse.
+
+        Raises:
+            UnquantizableError: If a scale is not finite.
+        """
         if type_.is_quantized and not self._lib.ggml_validate_row_data(
             type_, raw.ctypes.data, raw.nbytes
         ):
             raise UnquantizableError(f"a block's scale is beyond what {type_.label} holds")
-        return raw
 
     def dequantize(
         self, raw: NDArray[np.uint8], type_: GgmlType, n_per_row: int
@@ -222,7 +230,12 @@ def _library_folder() -> Path:
     return Path(spec.origin).parent / "lib"
 
 
-def _check_range(data: NDArray[np.float32], type_: GgmlType) -> None:
+def check_range(data: NDArray[np.float32], type_: GgmlType) -> None:
+    """Refuse numbers that a type cannot hold.
+
+    Raises:
+        UnquantizableError: If one is not finite, or beyond what f16 holds.
+    """
     if data.size == 0:
         return
     # min and max pass a NaN on and, unlike isfinite, need no array of their own.

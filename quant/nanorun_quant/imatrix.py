@@ -7,6 +7,7 @@ squared error weighted by the mean of the squared input. Files are those of llam
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 _KEY_CHUNKS, _KEY_CHUNK_SIZE = "imatrix.chunk_count", "imatrix.chunk_size"
 _KEY_DATASETS, _KEY_TEXT = "imatrix.datasets", "nanorun.imatrix.text_sha256"
+_KEY_SENSITIVITY = "nanorun.imatrix.sensitivity"
 _MAX_DAT_BYTES = 2**31
 
 
@@ -52,6 +54,9 @@ class Imatrix:
     """What to call it in errors: the file."""
     text_sha256: str = ""
     """Of the text, in hex, where nanorun collected it: an unfinished run is continued by it."""
+    sensitivity: dict[str, float] = field(default_factory=dict)
+    """KL divergence of the model's predictions for noise in a tensor's output, as a share of that
+    output's power; by the tensor's name, where it was measured."""
 
     def add(self, name: str, i_mat: int, n_mat: int, inputs: NDArray[np.float32]) -> None:
         """Count `inputs`, `(n, n_per_row)`, of matrix `i_mat` of a tensor."""
@@ -72,6 +77,13 @@ class Imatrix:
             else:
                 mine.sums += entry.sums
                 mine.counts += entry.counts
+
+    def shares(self, name: str, n_mat: int) -> list[float]:
+        """The share of a tensor's inputs that each of its matrices got; equal where not known."""
+        entry = self.entries.get(name)
+        if entry is None or len(entry.counts) != n_mat or not entry.counts.sum():
+            return [1 / n_mat] * n_mat
+        return [float(share) for share in entry.counts / entry.counts.sum()]
 
     def weights(self, name: str, i_mat: int, n_per_row: int) -> NDArray[np.float32] | None:
         """The mean square of each input of a matrix; None where the tensor was never seen.
@@ -140,7 +152,24 @@ def _read_gguf(path: Path) -> Imatrix:
         gguf.find(_KEY_CHUNKS, int) or 0,
         str(path),
         gguf.find(_KEY_TEXT, str) or "",
+        _sensitivity(gguf),
     )
+
+
+def _sensitivity(gguf: GgufFile) -> dict[str, float]:
+    """By the tensor's name, from lines `name=number`."""
+    found: dict[str, float] = {}
+    for line in gguf.find(_KEY_SENSITIVITY, list) or []:
+        name, _, number = str(line).partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            found[name] = math.nan
+        if not (math.isfinite(found[name]) and found[name] >= 0):
+            raise ModelError(
+                f"{gguf.path}: key {_KEY_SENSITIVITY!r}: expected NAME=NUMBER, found {line!r:.60}"
+            )
+    return found
 
 
 def _floats(gguf: GgufFile, name: str) -> NDArray[np.float32]:
@@ -148,7 +177,7 @@ def _floats(gguf: GgufFile, name: str) -> NDArray[np.float32]:
     if tensor is None or tensor.type is not GgmlType.F32:
         found = tensor.type.label if tensor else "no such tensor"
         raise ModelError(f"{gguf.path}: {name}: expected f32, found {found}")
-    values = np.fromfile(gguf.path, "<f4", tensor.n_elements, offset=tensor.offset)
+    values = np.fromfile(tensor.path, "<f4", tensor.n_elements, offset=tensor.offset)
     if not (np.isfinite(values).all() and (values >= 0).all()):
         raise ModelError(f"{gguf.path}: {name}: expected finite numbers from 0")
     return values.reshape(tensor.shape)
@@ -236,6 +265,10 @@ def _render(imatrix: Imatrix) -> bytes:
         + _text(_KEY_CHUNKS) + struct.pack("<II", 4, imatrix.n_chunks)
         + _text(_KEY_CHUNK_SIZE) + struct.pack("<II", 4, imatrix.chunk_size)
         + _text(_KEY_TEXT) + struct.pack("<I", 8) + _text(imatrix.text_sha256)
+        + _text(_KEY_SENSITIVITY) + struct.pack("<IIQ", 9, 8, len(imatrix.sensitivity))
+        + b"".join(
+            _text(f"{name}={number:.6e}") for name, number in imatrix.sensitivity.items()
+        )
     )  # fmt: skip
     tensors: dict[str, NDArray[np.float32]] = {}
     for name, entry in sorted(imatrix.entries.items()):
@@ -247,7 +280,7 @@ def _render(imatrix: Imatrix) -> bytes:
         raw = _aligned(np.ascontiguousarray(values, "<f4").tobytes())
         data.append(raw)
         offset += len(raw)
-    head = MAGIC + struct.pack("<IQQ", 3, len(tensors), 5) + keys + directory
+    head = MAGIC + struct.pack("<IQQ", 3, len(tensors), 6) + keys + directory
     return b"".join([_aligned(head), *data])
 
 

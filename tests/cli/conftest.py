@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 
 from nanorun.cli import main
 from nanorun.runtime.options import EngineOptions
-from tests.fakes import FakeClient
+from tests.fakes import FakeClient, fake_shape
 
 
 @dataclass
@@ -31,9 +31,19 @@ class FakeEngine:
         self.client = FakeClient()
         self.path: Path | None = None
         self.options: EngineOptions | None = None
+        self.smaller: Sequence[Any] = ()
+        self.keep_alive_s: float | None = None
 
-    def __call__(self, path: Path, options: EngineOptions) -> FakeClient:
+    def __call__(
+        self,
+        path: Path,
+        options: EngineOptions,
+        *,
+        smaller: Sequence[Any] = (),
+        keep_alive_s: float | None = None,
+    ) -> FakeClient:
         self.path, self.options = path, options
+        self.smaller, self.keep_alive_s = smaller, keep_alive_s
         return self.client
 
 
@@ -48,6 +58,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> FakeEngine:
     monkeypatch.setattr("nanorun.runtime.client.EngineClient", fake)
     monkeypatch.setattr("nanorun.library.resolve_model", resolve)
     monkeypatch.setattr("nanorun.cli.models.trained_n_ctx", lambda _path: 1_048_576)
+    monkeypatch.setattr("nanorun.cli.planning.shape_of_file", fake_shape)
     return fake
 
 

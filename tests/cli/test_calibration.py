@@ -37,6 +37,6 @@ def test_measured_speed_is_kept_for_its_types(arch: HybridArch) -> None:
 def test_damaged_cache_is_as_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = tmp_path / "speed.json"
     path.write_text("{")
-    monkeypatch.setattr(calibration, "_cache_path", lambda: path)
+    monkeypatch.setattr("nanorun.cli.benchmarks.cache_path", lambda: path)
     shape = shape_of_recipe("tiny", TINY_MOE, "q8_0")
     assert calibration.known_speed(shape, detect_hardware()) is None

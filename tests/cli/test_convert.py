@@ -230,7 +230,7 @@ def test_dry_run_needs_no_weights(tmp_path: Path) -> None:
     (source / "tokenizer.json").unlink()
     said = nanorun(source, "--dry-run", cwd=tmp_path)
     assert said.returncode == ExitCode.OK
-    assert "without the tokenizer, which is not there" in said.stdout.splitlines()[0]
+    assert said.stdout.splitlines()[1].startswith("without tokenizer.json, which is not there")
     assert nanorun(source, cwd=tmp_path).returncode == ExitCode.MODEL
 
 
@@ -244,3 +244,41 @@ def test_type_map_takes_several_entries_in_one() -> None:
 def test_type_map_of_another_form_is_refused(entries: list[str]) -> None:
     with pytest.raises(UsageError, match="--type-map"):
         parse_type_map(entries)
+
+
+def test_quantizer_is_named_in_the_file_and_in_what_is_printed(
+    source: Path, tmp_path: Path
+) -> None:
+    made = {}
+    for name in ("ggml", "auto", "torch"):
+        flags = ("--recipe", "iq4_nl", "--quantizer", name, "--out", f"{name}.gguf")
+        run = nanorun(source, *flags, cwd=tmp_path)
+        assert run.returncode == ExitCode.OK, run.stderr
+        gguf = read_gguf(tmp_path / f"{name}.gguf")
+        made[name] = (gguf.metadata["nanorun.quantizer"], gguf.path.read_bytes()[-20_000:])
+        assert ("quantized by torch" in run.stdout) is (name == "torch")
+    # Where no GPU is, the bytes stay ggml's unless torch is asked for.
+    assert made["auto"] == made["ggml"]
+    assert made["ggml"][0] == "ggml"
+    assert made["torch"][0].startswith("torch ")
+    assert made["torch"][1] != made["ggml"][1]
+
+
+def test_conversion_by_another_quantizer_starts_anew(source: Path, tmp_path: Path) -> None:
+    from nanorun_converters.convert import ConvertOptions, convert
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ConvertOptions(out=tmp_path / "m.gguf", recipe="iq4_nl", quantizer="torch")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, options, stop)
+    run = nanorun(source, "--recipe", "iq4_nl", "--out", "m.gguf", "--json", cwd=tmp_path)
+    assert json.loads(run.stdout)["resumed"] is False
+    assert "starting anew" in run.stderr
+
+
+def test_unknown_quantizer_is_a_usage_error(source: Path, tmp_path: Path) -> None:
+    run = nanorun(source, "--quantizer", "magic", cwd=tmp_path)
+    assert run.returncode == ExitCode.USAGE
+    assert "there is no quantizer 'magic'" in run.stderr

@@ -17,6 +17,7 @@ def detected(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
     devices = [{"name": "CPU", "description": "a processor"}]
     monkeypatch.setattr("nanorun.plan.hardware.detect_hardware", lambda: machine)
     monkeypatch.setattr("nanorun.plan.probe.engine_devices", lambda: devices)
+    monkeypatch.setattr("nanorun.cli.benchmarks.with_measured_speeds", lambda found: found)
 
 
 def test_sound_machine_has_no_problems(
@@ -27,6 +28,19 @@ def test_sound_machine_has_no_problems(
     out = capsys.readouterr().out
     assert "NVIDIA GeForce RTX 4090, 23.5 GiB free of 24.0 GiB, 1008 GB/s" in out
     assert "no problems found" in out
+
+
+def test_cores_of_two_kinds_and_measured_speeds_are_shown(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = profile("laptop-32g")
+    host = replace(machine.host, n_cores=6, n_slow_cores=10, bandwidth=61.4e9)
+    detected(monkeypatch, replace(machine, host=host, disk_bandwidth=3.21e9))
+    assert invoke(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "Ultra 7 155H, 6 fast cores, 10 slow ones that are not used" in out
+    assert "24.0 GiB available of 31.0 GiB, reads 61.4 GB/s" in out
+    assert "200.0 GiB free in the home folder, reads 3.2 GB/s" in out
 
 
 def test_gpu_that_the_engine_cannot_use_comes_with_the_command(

@@ -9,7 +9,6 @@ import pytest
 
 from nanorun.cli.app import invoke
 from nanorun.errors import ModelError, UsageError
-from nanorun.library.local import BUNDLED_SOURCE
 from nanorun.model.ggml_type import GgmlType
 from tests.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import TINY_LATENT_MTP, TINY_PUZZLE
@@ -96,14 +95,16 @@ def test_tensors_flag_lists_tensors(path: Path, capsys: pytest.CaptureFixture[st
     assert re.search(row, out, re.MULTILINE)
 
 
-def test_source_model_shows_its_own_tensors(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = inspect_json(capsys, BUNDLED_SOURCE)
+def test_source_model_shows_its_own_tensors(
+    pico_source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = inspect_json(capsys, pico_source)
     assert shown["arch"] == "nemotron_h_moe"
     assert shown["n_layer"] == len(shown["pattern"])
     assert (shown["recipe"], shown["bpw"]) == (None, 16)
     assert {t["role"] for t in shown["tensors"]} == {None}
     assert "backbone.embeddings.weight" in {t["name"] for t in shown["tensors"]}
-    assert invoke(["inspect", str(BUNDLED_SOURCE)]) == 0
+    assert invoke(["inspect", str(pico_source)]) == 0
     assert re.search(r"^all +bf16 ", capsys.readouterr().out, re.MULTILINE)
 
 

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 
 from nanorun.cli.app import invoke
-from nanorun.cli.planning import parse_wish, plan_engine_options
-from nanorun.errors import MemoryPlanError, ModelError, UsageError
+from nanorun.cli.planning import parse_wish, plan_engine_options, smaller_plans
+from nanorun.errors import MemoryPlanError, UsageError
 from nanorun.model.ggml_type import GgmlType
+from nanorun.model.tensor_roles import expected_tensors
 from nanorun.runtime.options import EngineOptions
+from nanorun_converters.shape_file import write_shape
 from tests.builders import arch_tensors, gguf_metadata, write_gguf
 from tests.cli.conftest import Result
-from tests.model.known_archs import TINY_MOE
+from tests.model.known_archs import NANO, TINY_MOE
 from tests.plan.profiles import FOLDER, profile
 
 PARTS = ("weights", "kv", "state", "checkpoint", "compute", "output", "overhead")
@@ -93,7 +95,7 @@ def test_model_that_does_not_fit_says_so_in_json(capsys: pytest.CaptureFixture[s
         invoke(args)
     shown = json.loads(capsys.readouterr().out)
     assert shown["fits"] is False
-    assert any(line.startswith("vllm serve nvidia/") for line in shown["tries"])
+    assert any("vllm serve nvidia/" in line for line in shown["tries"])
 
 
 # Exit codes as a shell sees them: 2 for what cannot be meant, 4 for what cannot be had.
@@ -109,7 +111,11 @@ def test_model_that_does_not_fit_says_so_in_json(capsys: pytest.CaptureFixture[s
         (["--recipe", "q99"], 2, "there is no recipe 'q99'"),
         (["--vram", "much"], 2, "not a size: 'much'"),
         (["--hardware", "missing.json"], 2, "missing.json cannot be read"),
-        (["--verify"], 2, "nano is not a file"),
+        (["--verify"], 2, "cannot be asked about CUDA0 of"),
+        (["--verify", "--device", "cpu"], 2, "nano is not a file"),
+        (["--probe"], 2, "cannot be asked about CUDA0 of"),
+        (["--plot", "x.png"], 2, "--plot x.png: the file's name must end in .svg"),
+        (["--plot", "/missing/x.svg"], 1, "/missing/x.svg cannot be written: No such file"),
         (["--ram", "1GiB", "--vram", "1GiB"], 4, "but CPU has 1.0 GiB free"),
         (["--parallel", "250", "--device", "cpu", "--ram", "18GiB"], 4, "SSM state 11.6 GiB"),
     ],
@@ -122,11 +128,6 @@ def test_bad_wishes_end_with_their_code(
     assert result.code == code
     assert text in result.err
     assert result.err.startswith("nanorun: error:")
-
-
-def test_model_of_unknown_shape_is_refused() -> None:
-    with pytest.raises(ModelError, match="the shape of ultra is not known"):
-        invoke(["plan", "ultra"])
 
 
 def test_recipe_of_a_file_is_refused(tiny: Path) -> None:
@@ -143,18 +144,72 @@ def test_options_open_the_engine_as_planned(tiny: Path) -> None:
     assert options.n_batch >= options.n_ubatch
 
 
+def test_options_leave_experts_on_the_host_where_the_plan_does(tmp_path: Path) -> None:
+    path = tmp_path / "nano.gguf"
+    types = {s.name: GgmlType.Q4_0 if s.quantizable else GgmlType.F32
+             for s in expected_tensors(NANO).values()}  # fmt: skip
+    write_shape(path, NANO, types)
+    wish = parse_wish("32k", default_n_ctx=8192)
+    options = plan_engine_options(path, wish, profile("rtx-3060-12g"))
+    assert options.n_gpu_layers == -1
+    assert 0 < options.n_cpu_moe < 52
+    changes = smaller_plans(path, wish, profile("rtx-3060-12g"))
+    assert [o.n_cpu_moe for o, _ in changes] == sorted(o.n_cpu_moe for o, _ in changes)
+    assert changes[0][1].startswith(f"blocks with experts in main memory {options.n_cpu_moe} -> ")
+
+
 @pytest.mark.parametrize(("text", "n_ctx"), [(None, 8192), ("max", None), ("1M", 1048576)])
 def test_context_is_read_from_the_flag(text: str | None, n_ctx: int | None) -> None:
     assert parse_wish(text, default_n_ctx=8192).n_ctx == n_ctx
+
+
+@pytest.mark.parametrize("model", ["nano:q4_0", "lightning:q4_0", "super:q4", "nano-4b:q8_0"])
+def test_probe_of_a_model_that_is_not_here_agrees(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on = ("--hardware", str(FOLDER / "dgx-spark.json"), "--device", "cpu", "--n-ctx", "128k")
+    shown = plan_json(capsys, model, "--probe", *on)
+    assert shown["max_error"] < 0.01
+    (device,) = shown["devices"]
+    assert set(shown["probed"]) == {"kv_bytes", "state_bytes", "compute_bytes", "output_bytes"}
+    for part, n_bytes in shown["probed"].items():
+        assert n_bytes == pytest.approx(device[part], rel=0.001, abs=6000), part
+
+
+def test_plot_is_written_beside_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "nano.svg"
+    shown = plan_json(capsys, "nano:q4_0", "--plot", str(path), *ON_4090)
+    assert shown["plot"] == str(path)
+    assert path.read_text().startswith("<svg ")
+    assert invoke(["plan", "nano:q4_0", "--plot", str(path), *ON_4090]) == 0
+    assert capsys.readouterr().out.endswith(f"plot: {path}\n")
+
+
+def test_probe_of_a_file_is_shown_as_a_table(
+    pico_gguf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(["plan", str(pico_gguf), "--n-ctx", "2048", "--probe", "--device", "cpu"]) == 0
+    table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
+    assert [line.split()[0] for line in table] == ["predicted", "kv", "state", "compute", "output"]
+    assert table[1].endswith("0.00%")
 
 
 def test_verify_compares_with_what_is_allocated(
     pico_gguf: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = plan_json(capsys, str(pico_gguf), "--n-ctx", "2048", "--verify", "--device", "cpu")
-    rows = {row["part"]: row for row in shown["measured"]}
-    assert set(rows) == {"weights", "kv", "state", "compute", "output", "total"}
+    rows = {row["part"]: row for row in shown["comparison"]}
+    assert list(rows) == ["weights", "kv", "state", "compute", "output", "CPU total"]
     for part in ("weights", "kv", "state", "compute", "output"):
         # The engine prints MiB with two decimals, once a buffer, and pads tensors of 64 bytes.
         assert abs(rows[part]["predicted"] - rows[part]["measured"]) < 0.03 * 2**20, part
+    (planned,), (measured,) = shown["devices"], shown["measured"]
+    assert set(measured) == set(planned)
+    assert measured["name"] == "CPU"
+    assert measured["total_bytes"] >= shown["peak_bytes"]
+    assert measured["free_bytes"] == planned["free_bytes"]
+    assert shown["max_error"] == max(row["error"] for row in shown["comparison"])
+    assert 0 < shown["proportional_bytes"] <= shown["resident_bytes"] <= shown["peak_bytes"]
     assert shown["measured_decode_tps"] > 0

@@ -57,12 +57,34 @@ def test_imatrix_is_collected_and_lets_convert_go_lower(
         "imatrix", str(pico_f32_gguf), "--text", str(text), "--out", str(imatrix), "--n-ctx", "64",
         "--json",
     )  # fmt: skip
-    assert json.loads(result.out).keys() == {"path", "n_chunks", "n_tensors", "n_unseen"}
+    assert json.loads(result.out).keys() == {
+        "path", "n_chunks", "n_tensors", "n_unseen", "n_sensitivity",
+    }  # fmt: skip
     made = nanorun(
         "convert", str(pico_source), "--recipe", "16g", "--out", out, "--imatrix", str(imatrix)
     )
     assert made.code == 0
     assert "padded: n_embd 320 to 512 (+60.0%)" in made.out
+
+
+def test_sensitivity_goes_into_the_imatrix_and_from_there_into_the_search(
+    nanorun: Run, pico_source: Path, pico_f32_gguf: Path, tmp_path: Path
+) -> None:
+    from nanorun.model.gguf import read_gguf
+
+    text, imatrix, out = tmp_path / "text.txt", tmp_path / "i.gguf", tmp_path / "model.gguf"
+    text.write_text(TEXT)
+    result = nanorun(
+        "imatrix", str(pico_f32_gguf), "--text", str(text), "--out", str(imatrix), "--n-ctx", "64",
+        "--sensitivity", "1", "--json",
+    )  # fmt: skip
+    assert json.loads(result.out)["n_sensitivity"] > 20
+    made = nanorun(
+        "convert", str(pico_source), "--target-bpw", "5", "--pad", "never", "--out", str(out),
+        "--imatrix", str(imatrix),
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    assert "measured sensitivity" in read_gguf(out).metadata["nanorun.search.method"]
 
 
 def test_dry_run_needs_no_imatrix_and_says_why_a_type_is_not_the_first_choice(

@@ -2,11 +2,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from nanorun.errors import ContextFull, EngineDied, MemoryPlanError, ModelError
-from nanorun.model.chat import Message, Notice, PrefillProgress, TextDelta, ThinkingDelta, ToolCall
+from nanorun.model.chat import (
+    Grammar,
+    Message,
+    Notice,
+    PrefillProgress,
+    TextDelta,
+    ThinkingDelta,
+    ToolCall,
+)
 from tests.cli.conftest import FakeEngine, Result
 from tests.fakes import FakeClient, reply
 
@@ -92,6 +101,8 @@ def test_run_as_json_is_one_object(nanorun: Run, engine: FakeEngine) -> None:
             "cached_tokens": 2,
             "thinking_tokens": 1,
             "completion_tokens": 4,
+            "drafted_tokens": 0,
+            "accepted_tokens": 0,
         },
         "timings": {
             "load_s": 0.1,
@@ -153,3 +164,24 @@ def test_run_with_too_long_a_prompt_says_so(nanorun: Run, engine: FakeEngine) ->
     result = nanorun("run", "pico", "x")
     assert result.code == 1
     assert "9000 tokens" in result.err
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_run_holds_the_answer_to_a_schema(
+    nanorun: Run, engine: FakeEngine, tmp_path: Path, as_file: bool
+) -> None:
+    schema = '{"type": "integer"}'
+    (tmp_path / "s.json").write_text(schema)
+    nanorun("run", "pico", "hi", "--schema", str(tmp_path / "s.json") if as_file else schema)
+    assert engine.client.requests[-1].options.grammar == Grammar("json_schema", schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"), [("no.json", "no.json cannot be read"), ("{a", "not JSON")]
+)
+def test_run_refuses_a_schema_that_is_none(
+    nanorun: Run, engine: FakeEngine, schema: str, message: str
+) -> None:
+    result = nanorun("run", "pico", "hi", "--schema", schema)
+    assert result.code == 2
+    assert message in result.err

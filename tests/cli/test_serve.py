@@ -46,3 +46,17 @@ def test_serve_that_cannot_load_leaves_with_the_code_of_its_cause(
     assert engine.options is not None
     assert (engine.options.n_parallel, engine.options.n_ctx) == (2, 4096)
     assert engine.client.n_closes == 1
+
+
+def test_serve_refuses_an_idle_time_that_is_none(nanorun: Run, engine: FakeEngine) -> None:
+    result = nanorun("serve", "pico", "--keep-alive", "soon")
+    assert result.code == 2
+    assert "not a duration: 'soon'" in result.err
+
+
+def test_serve_hands_the_idle_time_on(nanorun: Run, engine: FakeEngine) -> None:
+    engine.client = FakeClient(start_error=ModelError("pico.gguf is cut short"))
+    nanorun("serve", "pico", "--port", "0", "--keep-alive", "5m")
+    assert engine.keep_alive_s == 300
+    nanorun("serve", "pico", "--port", "0")
+    assert engine.keep_alive_s is None

@@ -63,41 +63,84 @@ def head_logits(model: Any, parts: Any, tokens: list[int]) -> np.ndarray:
 
 def engine_head_logits(path: Path, tokens: list[int]) -> np.ndarray:
     """`(n_tokens, n_vocab)` from the engine's MTP context."""
-    from nanorun.runtime.library import load_llama
+    with EngineHead(path, len(tokens)) as engine:
+        return engine.logits(tokens)[1]
 
-    llama = load_llama()
-    from llama_cpp import llama_cpp_ext as ext
 
-    params = llama.llama_model_default_params()
-    params.n_gpu_layers, params.load_mtp = 0, True
-    model = llama.llama_model_load_from_file(str(path).encode(), params)
-    assert model, f"the engine does not load {path}"
-    trunk = llama.llama_init_from_model(model, context_params(llama, len(tokens)))
-    head_params = context_params(llama, len(tokens))
-    head_params.ctx_type, head_params.ctx_other = llama.LLAMA_CONTEXT_TYPE_MTP, trunk
-    head = llama.llama_init_from_model(model, head_params)
-    assert trunk and head
-    try:
-        ext.llama_set_embeddings_nextn(trunk, True, False)
-        ext.llama_set_embeddings_nextn(head, True, True)
-        n_embd = llama.llama_model_n_embd(model)
-        _decode(llama, trunk, tokens, None)
-        states = _array(ext.llama_get_embeddings_nextn(trunk), len(tokens), n_embd)
-        before = np.vstack([np.zeros((1, n_embd), np.float32), states[:-1]])
-        _decode(llama, head, tokens, before)
-        n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model))
-        return _array(llama.llama_get_logits(head), len(tokens), n_vocab)
-    finally:
-        llama.llama_free(head)
-        llama.llama_free(trunk)
-        llama.llama_model_free(model)
+class EngineHead:
+    """The engine's contexts of a model: that of the trunk, and that of its MTP head.
+
+    Args:
+        path: The model.
+        n_ctx: Tokens that the contexts hold.
+    """
+
+    def __init__(self, path: Path, n_ctx: int) -> None:
+        from nanorun.runtime.library import load_llama
+
+        self.llama = llama = load_llama()
+        from llama_cpp import llama_cpp_ext
+
+        self.ext = llama_cpp_ext
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers, params.load_mtp = 0, True
+        self.model = llama.llama_model_load_from_file(str(path).encode(), params)
+        assert self.model, f"the engine does not load {path}"
+        self.trunk = llama.llama_init_from_model(self.model, context_params(llama, n_ctx))
+        head_params = context_params(llama, n_ctx)
+        head_params.ctx_type, head_params.ctx_other = llama.LLAMA_CONTEXT_TYPE_MTP, self.trunk
+        self.head = llama.llama_init_from_model(self.model, head_params)
+        assert self.trunk and self.head
+        self.ext.llama_set_embeddings_nextn(self.trunk, True, False)
+        self.ext.llama_set_embeddings_nextn(self.head, True, True)
+        self.n_embd = llama.llama_model_n_embd(self.model)
+        self.n_vocab = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self.model))
+
+    def __enter__(self) -> EngineHead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.llama.llama_free(self.head)
+        self.llama.llama_free(self.trunk)
+        self.llama.llama_model_free(self.model)
+
+    def logits(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """`(n_tokens, n_vocab)` of the trunk, and of the head, from empty contexts.
+
+        The head's row k sees token k and the trunk's output at token k - 1.
+        """
+        for context in (self.trunk, self.head):
+            self.llama.llama_memory_clear(self.llama.llama_get_memory(context), True)
+        _decode(self.llama, self.trunk, tokens, None)
+        states = _array(self.ext.llama_get_embeddings_nextn(self.trunk), len(tokens), self.n_embd)
+        before = np.vstack([np.zeros((1, self.n_embd), np.float32), states[:-1]])
+        _decode(self.llama, self.head, tokens, before)
+        of_trunk, of_head = (
+            _array(self.llama.llama_get_logits(context), len(tokens), self.n_vocab)
+            for context in (self.trunk, self.head)
+        )
+        return of_trunk, of_head
+
+    def draft_logits(self, tokens: list[int], drafts: list[int]) -> np.ndarray:
+        """`(1 + n_drafts, n_vocab)`: of the last token, then of each draft on its own output."""
+        rows = [self.logits(tokens)[1][-1]]
+        i_last = len(tokens) - 1
+        for i, draft in enumerate(drafts):
+            state = self.ext.llama_get_embeddings_nextn_ith(self.head, i_last)
+            before = _array(state, 1, self.n_embd)
+            _decode(self.llama, self.head, [draft], before, first_pos=len(tokens) + i)
+            rows.append(_array(self.llama.llama_get_logits(self.head), 1, self.n_vocab)[0])
+            i_last = 0
+        return np.stack(rows)
 
 
 def _array(pointer: Any, *shape: int) -> np.ndarray:
     return np.ctypeslib.as_array(pointer, (int(np.prod(shape)),)).reshape(shape).copy()
 
 
-def _decode(llama: Any, context: Any, tokens: list[int], states: np.ndarray | None) -> None:
+def _decode(
+    llama: Any, context: Any, tokens: list[int], states: np.ndarray | None, first_pos: int = 0
+) -> None:
     """Decode all tokens at once, each with a logits row, and with a hidden state if given."""
     n_embd = 0 if states is None else states.shape[1]
     batch = llama.llama_batch_init(len(tokens), n_embd, 1)
@@ -110,7 +153,7 @@ def _decode(llama: Any, context: Any, tokens: list[int], states: np.ndarray | No
     try:
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, i, 1
+            batch.token[i], batch.pos[i], batch.logits[i] = token, first_pos + i, 1
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
         assert llama.llama_decode(context, batch) == 0
     finally:

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from nanorun.errors import UsageError
+from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import read_gguf
 from nanorun.runtime.divergence import measure
 from nanorun.runtime.imatrix import collect_imatrix
 from nanorun.runtime.options import EngineOptions
 from nanorun_converters import allocate
 from nanorun_converters.convert import ConvertOptions, convert
-from nanorun_converters.importance import importance
+from nanorun_converters.importance import importance, with_measured
 from tests.model.known_archs import LIGHTNING, SUPER, TINY_MOE
 
 CALIBRATION = "What is 47 + 86? 7+6+0=13, 4+8+1=13 133. " * 60
@@ -85,6 +86,27 @@ def test_importance_follows_the_power_a_layer_adds() -> None:
     assert before["blk.2.attn_q.weight"] == before["blk.2.attn_output.weight"]
     # What is written last is not computed from any more.
     assert before["blk.4.ssm_out.weight"] < 0.2 * before["blk.0.ssm_out.weight"]
+
+
+def test_measured_sensitivity_corrects_the_model_and_keeps_its_scale() -> None:
+    modelled = {"a": 1.0, "b": 2.0, "c": 4.0, "unmeasured": 8.0}
+    assert with_measured(modelled, {}) == modelled
+    assert with_measured(modelled, {"a": 0.0}) == modelled
+    same = with_measured(modelled, {"a": 10.0, "b": 20.0, "c": 40.0})
+    assert same == pytest.approx({name: 10 * factor for name, factor in modelled.items()})
+    found = with_measured(modelled, {"a": 10.0, "b": 20.0, "c": 4000.0})
+    assert found["c"] / found["a"] == pytest.approx(4 * 10)  # the mean of 4 and 400
+    assert found["unmeasured"] / found["a"] == pytest.approx(8)
+    assert with_measured(modelled, {"a": 10.0, "b": 20.0, "c": 0.0})["c"] > 0
+
+
+def test_search_of_a_generous_size_keeps_what_matters_in_f16(
+    pico_source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.gguf"
+    convert(pico_source, ConvertOptions(out=out, target_bpw=9.5, pad="never"))
+    types = {t.type for t in read_gguf(out).tensors.values()}
+    assert GgmlType.F16 in types
 
 
 @pytest.mark.parametrize("arch", [LIGHTNING, SUPER], ids=["mtp", "latent mtp"])

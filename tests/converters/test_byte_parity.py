@@ -110,7 +110,9 @@ def test_bytes_equal_those_of_llama_quantize(
     type_: GgmlType, source_of_256: Path, f32_file: Path, tmp_path: Path
 ) -> None:
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
-    convert(source_of_256, ConvertOptions(out=ours, recipe=type_.label, n_threads=3))
+    convert(
+        source_of_256, ConvertOptions(out=ours, recipe=type_.label, quantizer="ggml", n_threads=3)
+    )
     quantize_with_llama(f32_file, theirs, type_)
     expected, found = tensor_bytes(theirs), tensor_bytes(ours)
     assert {name: t for name, (t, _) in found.items()} == {
@@ -129,7 +131,9 @@ def test_bytes_under_an_imatrix_equal_those_of_llama_quantize(
 ) -> None:
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     write_imatrix(tmp_path / "imatrix.gguf", imatrix)
-    options = ConvertOptions(out=ours, recipe=type_.label, imatrix=tmp_path / "imatrix.gguf")
+    options = ConvertOptions(
+        out=ours, recipe=type_.label, quantizer="ggml", imatrix=tmp_path / "imatrix.gguf"
+    )
     convert(source_of_256, options)
     quantize_with_llama(f32_file, theirs, type_, imatrix)
     expected, found = tensor_bytes(theirs), tensor_bytes(ours)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from nanorun_converters.convert import ConvertOptions, convert
+from nanorun_converters.plan import plan_conversion
 from tests.converters.test_config import NANO_CONFIG, SUPER_CONFIG
 from tests.source_models import write_json, write_tokenizer
 
@@ -132,6 +133,14 @@ def test_final_size_is_known_from_config_and_index_in_seconds(
     assert bare.n_params == pytest.approx(n_params, rel=1e-3)
     write_tokenizer(folder, config["vocab_size"])
     planned = convert(folder, options)
+    # What is said of a size without the tokenizer, but for the names of its keys.
+    vocabulary = plan_conversion(folder, options).vocabulary
+    assert vocabulary is not None
+    added = sum(12 + len(token.encode()) for token in vocabulary.tokens)
+    added += sum(8 + len(merge.encode()) for merge in vocabulary.merges)
+    added += sum(len(text.encode()) for text in vocabulary.chat_templates.values())
+    assert len(vocabulary.tokens) == config["vocab_size"]
+    assert 0 < planned.bytes - bare.bytes - added < 1024
     write_holes(folder, config)
     # Headers say what the names let one expect, to the byte.
     assert convert(folder, options).bytes == planned.bytes > bare.bytes

@@ -84,7 +84,7 @@ def test_split_file_is_read_whole(source: Path, tmp_path: Path) -> None:
     assert not [key for key in gguf.metadata if key.startswith("split.")]
     assert data_of(gguf) == data_of(converted(source, tmp_path / "one.gguf", recipe="q8_0"))
     second = next(tmp_path.glob("m-00002-of-*.gguf"))
-    with pytest.raises(ModelError, match="expected the first of"):
+    with pytest.raises(ModelError, match="is file 2 of the"):
         convert(second, ConvertOptions(out=tmp_path / "no.gguf"))
 
 

@@ -17,17 +17,30 @@ from nanorun.model.tensor_roles import check_tensors
 from nanorun_converters.convert import ConvertOptions, convert
 from nanorun_converters.padding import Frame
 from nanorun_quant.padding import pad_arch, padding_of, paddings
+from tests.converters.mtp_reference import engine_head_logits
 from tests.converters.transformers_reference import engine_logits, mean_kl
 from tests.model.known_archs import LIGHTNING, NANO, NANO_4B, SUPER, TINY_PUZZLE
 from tests.source_models import write_source_model
 
+PUZZLE_BLOCKS: list[dict[str, Any]] = [
+    {},
+    {"moe_intermediate_size": 96, "num_experts_per_tok": 3},
+    {},
+    {"moe_intermediate_size": 64, "num_experts_per_tok": 2},
+]
 FAMILIES: dict[str, dict[str, Any]] = {
     "moe": {"pattern": "ME*EM"},
     "dense": {"pattern": "M-*-M"},
     "latent": {"pattern": "EM*ME", "moe_latent_size": 32},
     "groups": {"pattern": "*MEM", "n_group": 2, "topk_group": 1},
     "tied": {"pattern": "ME*", "config": {"tie_word_embeddings": True}},
+    "puzzle": {"blocks": PUZZLE_BLOCKS},
+    "puzzle latent": {"blocks": PUZZLE_BLOCKS, "moe_latent_size": 32, "prefix": "model."},
+    "lightning": {"pattern": "ME*EM", "mtp": True},
+    "super": {"pattern": "EM*ME", "mtp": True, "moe_latent_size": 32},
 }
+# What each is padded to where it is padded at all; an MTP head keeps the embedding.
+WIDTHS = {"n_embd": 256, "n_ff": 256, "n_ff_exp": 256, "n_ff_shexp": 256}
 
 # Rows that padding cannot make whole blocks, whole from the start.
 WHOLE = {"mamba_head_dim": 64, "num_attention_heads": 4, "head_dim": 64}
@@ -48,9 +61,25 @@ def test_padded_model_computes_the_same(name: str, tmp_path: Path) -> None:
     plain = converted(source, tmp_path / "plain.gguf", "never")
     padded = converted(source, tmp_path / "padded.gguf", "always")
     assert 0 <= abs(mean_kl(plain, padded)) < 1e-9
-    arch = arch_from_gguf(read_gguf(tmp_path / "padded.gguf"))
-    assert arch.n_embd == 256
-    check_tensors(read_gguf(tmp_path / "padded.gguf"), arch)
+    before, after = (
+        arch_from_gguf(read_gguf(tmp_path / f"{file}.gguf")) for file in ("plain", "padded")
+    )
+    check_tensors(read_gguf(tmp_path / "padded.gguf"), after)
+    for size, width in WIDTHS.items():
+        keeps = getattr(before, size) == 0 or (size == "n_embd" and before.n_layer_nextn)
+        assert getattr(after, size) == (getattr(before, size) if keeps else width)
+    assert set(after.n_ff_exp_per_layer) <= {0, 256}
+
+
+@pytest.mark.parametrize("name", ["lightning", "super"])
+def test_padded_mtp_head_drafts_the_same(name: str, tmp_path: Path) -> None:
+    source = write_source_model(tmp_path / "source", dtype="F32", **FAMILIES[name])
+    drafts = []
+    for pad in ("never", "always"):
+        converted(source, tmp_path / f"{pad}.gguf", pad)
+        drafts.append(engine_head_logits(tmp_path / f"{pad}.gguf", list(range(32, 96))))
+    assert drafts[0].std() > 0.1
+    assert abs(mean_kl(*drafts)) < 1e-9
 
 
 def test_bundled_model_computes_the_same_padded(pico_source: Path, tmp_path: Path) -> None:

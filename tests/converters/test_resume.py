@@ -134,7 +134,7 @@ def test_stop_before_the_first_piece_leaves_nothing(
     def stop() -> None:
         raise Stopped
 
-    monkeypatch.setattr(convert_module, "load_ggml", stop)
+    monkeypatch.setattr("nanorun_quant.encode.load_ggml", stop)
     with pytest.raises(Stopped):
         convert(source, ConvertOptions(out=out))
     assert not list(out.parent.iterdir())

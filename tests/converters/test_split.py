@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanorun.errors import UsageError
-from nanorun.model.gguf import read_gguf
+from nanorun.model.gguf import read_gguf, read_part
 from nanorun_converters.convert import ConvertOptions, convert
 from nanorun_converters.gguf_writer import split_paths
 from tests.converters.transformers_reference import engine_logits
@@ -42,7 +42,7 @@ def test_engine_computes_the_same_from_split_files(
 
 def test_files_say_which_of_how_many_they_are(source: Path, tmp_path: Path) -> None:
     files = split(source, tmp_path / "model.gguf", 120_000)
-    ggufs = [read_gguf(path) for path in files]
+    ggufs = [read_part(path) for path in files]
     convert(source, ConvertOptions(out=tmp_path / "whole.gguf"))
     whole = read_gguf(tmp_path / "whole.gguf")
     assert [name for gguf in ggufs for name in gguf.tensors] == list(whole.tensors)

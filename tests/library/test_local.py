@@ -9,7 +9,7 @@ import pytest
 
 import nanorun_converters.convert
 from nanorun.errors import ModelError, NanorunError, UsageError
-from nanorun.library import local
+from nanorun.library.bundled import BUNDLED_MODELS, BundledFiles
 from nanorun.library.local import models_folder, resolve_model
 from nanorun_converters.plan import ConvertOptions
 
@@ -27,7 +27,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "README.md").write_text("about it")
-    monkeypatch.setattr(local, "BUNDLED_SOURCE", folder)
+    monkeypatch.setitem(BUNDLED_MODELS, "pico", BundledFiles("pico", (folder,)))
     return folder
 
 
@@ -39,7 +39,7 @@ class Converter:
         self.error: BaseException | None = None
         self.barrier: Barrier | None = None
 
-    def __call__(self, source: Path, options: ConvertOptions, progress: Any = None) -> None:
+    def __call__(self, source: BundledFiles, options: ConvertOptions, progress: Any = None) -> None:
         self.calls.append(options)
         assert options.out is not None
         options.out.write_text("half")
@@ -49,7 +49,7 @@ class Converter:
             raise self.error
         if progress is not None:
             progress("done")
-        options.out.write_text((source / "config.json").read_text())
+        options.out.write_text((source.where / "config.json").read_text())
 
 
 @pytest.fixture

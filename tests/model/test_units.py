@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from nanorun.errors import UsageError
-from nanorun.model.units import format_gib, parse_count, parse_size
+from nanorun.model.units import format_gib, parse_count, parse_duration, parse_size
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,16 @@ def test_parse_count_refuses_what_is_no_count(text: str) -> None:
 )
 def test_format_gib_picks_the_unit(n_bytes: int, text: str) -> None:
     assert format_gib(n_bytes) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("30s", 30), ("5m", 300), ("1.5h", 5400), ("1d", 86400)]
+)
+def test_parse_duration_reads_units(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5m", "5 years"])
+def test_parse_duration_refuses_what_is_none(text: str) -> None:
+    with pytest.raises(UsageError, match="not a duration"):
+        parse_duration(text)

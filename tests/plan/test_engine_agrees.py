@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from nanorun.model.arch import HybridArch
+from nanorun.model.footprint import kv_bytes, mtp_kv_bytes, output_bytes, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import expected_tensors
-from nanorun.plan.memory_use import Settings
-from nanorun.plan.probe import predicted_context, probe_contexts
+from nanorun.plan.compute_graph import compute_bytes, mtp_compute_bytes
+from nanorun.plan.memory_use import Settings, graph_sizes
+from nanorun.plan.probe import probe_contexts
 from nanorun_converters.config import arch_from_config
 from nanorun_converters.shape_file import write_shape
 from nanorun_converters.source import open_source
@@ -45,8 +47,27 @@ def settings(
 ) -> Settings:
     return Settings(
         n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=kv, type_v=kv, n_parallel=n_seq, n_seq_spare=0,
-        n_rs_seq=n_rs_seq, with_mtp=mtp,
+        n_gpu_layers=0, n_rs_seq=n_rs_seq, with_mtp=mtp,
     )  # fmt: skip
+
+
+def predicted_context(arch: HybridArch, s: Settings) -> dict[str, int]:
+    """What the formulas say, by the names of the engine's answer."""
+    # Rows for drafted tokens are added when they are first asked for.
+    output = output_bytes(arch, s.n_seq_max)
+    if s.with_mtp:
+        return {
+            "kv": mtp_kv_bytes(arch, s.n_ctx, s.type_k, s.type_v),
+            "state": 0,
+            "compute": mtp_compute_bytes(arch, graph_sizes(s)),
+            "output": output,
+        }
+    return {
+        "kv": kv_bytes(arch, s.n_ctx, s.type_k, s.type_v),
+        "state": state_bytes(arch, s.n_seq_max, s.n_rs_seq),
+        "compute": compute_bytes(arch, graph_sizes(s)),
+        "output": output,
+    }
 
 
 def check(folder: Path, arch: HybridArch, contexts: list[Settings]) -> None:

@@ -130,3 +130,22 @@ def test_merging_adds_sums_and_counts(imatrix: Imatrix) -> None:
         total.merge(part)
     assert total.entries[NAME].counts.tolist() == [6]
     np.testing.assert_allclose(total.weights(NAME, 0, 64), 4)
+
+
+def test_sensitivity_is_kept_and_checked(imatrix: Imatrix, tmp_path: Path) -> None:
+    path = tmp_path / "i.gguf"
+    imatrix.sensitivity = {NAME: 0.25, "output.weight": 0.0}
+    write_imatrix(path, imatrix)
+    assert read_imatrix(path).sensitivity == imatrix.sensitivity
+    for number in (-1.0, np.inf, np.nan):
+        imatrix.sensitivity = {NAME: number}
+        write_imatrix(path, imatrix)
+        with pytest.raises(ModelError, match=r"imatrix\.sensitivity': expected NAME=NUMBER"):
+            read_imatrix(path)
+
+
+def test_shares_follow_the_counts(imatrix: Imatrix) -> None:
+    counts = imatrix.entries[EXPERTS].counts
+    assert imatrix.shares(EXPERTS, len(counts)) == pytest.approx(list(counts / counts.sum()))
+    assert imatrix.shares(NAME, 3) == [1 / 3] * 3
+    assert imatrix.shares("unknown", 2) == [0.5, 0.5]

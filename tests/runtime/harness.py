@@ -14,11 +14,12 @@ from nanorun.chat.parser import ReplyParser
 from nanorun.errors import NanorunError
 from nanorun.model.chat import Finished
 from nanorun.runtime.context import Context, Row
+from nanorun.runtime.draw import Ids
 from nanorun.runtime.engine import Engine
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.request import Request, build_dial
-from nanorun.runtime.sampling import Sampler, SamplingSettings
+from nanorun.runtime.sampling import Choice, Sampler, SamplingSettings
 
 SMALL = EngineOptions(
     n_ctx=512,
@@ -39,9 +40,9 @@ class RecordingSampler(Sampler):
         super().__init__(settings, n_vocab)
         self._log = log
 
-    def sample(self, context: Context, index: int) -> int:
+    def sample(self, context: Context, index: int, allowed: Ids | None = None) -> Choice:
         self._log.append(context.logits(index).copy())
-        return super().sample(context, index)
+        return super().sample(context, index, allowed)
 
 
 class Rig:
@@ -65,7 +66,9 @@ class Rig:
     def open(self) -> None:
         """Load the model."""
         self.engine = Engine(LoadedModel(self.path, self.options), self.options)
-        alone = replace(self.options, n_parallel=1, n_seq_spare=0, state_dir=None)
+        alone = replace(
+            self.options, n_parallel=1, n_seq_spare=0, state_dir=None, speculation="off"
+        )
         self._fresh = Context(self.engine.model, alone)
         start, take = self.engine._start, self.engine._take
 
@@ -77,9 +80,9 @@ class Rig:
                 self.logits.setdefault(stream.request.id, []),
             )
 
-        def recording_take(stream: Any, token: int) -> Any:
+        def recording_take(stream: Any, token: int, pick: Any) -> None:
             self.tokens.setdefault(stream.request.id, []).append(token)
-            return take(stream, token)
+            take(stream, token, pick)
 
         self.engine._start = recording_start  # type: ignore[method-assign]
         self.engine._take = recording_take  # type: ignore[method-assign]
@@ -94,6 +97,7 @@ class Rig:
         *,
         n_tokens: int = 4,
         boundaries: Sequence[int] = (),
+        background: bool = False,
         anchor: bool = False,
     ) -> str:
         request_id = f"t{next(self._ids)}"
@@ -108,6 +112,7 @@ class Rig:
                 parser=ReplyParser(starts_in_thinking=False),
                 max_tokens=n_tokens,
                 ignore_eos=True,
+                background=background,
                 anchor=anchor,
             )
         )

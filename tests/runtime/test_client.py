@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import subprocess
@@ -14,15 +15,26 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nanorun.errors import ContextFull, EngineDied, ModelError, UsageError
+from nanorun.errors import (
+    ContextFull,
+    EngineDied,
+    EngineOutOfMemory,
+    MemoryPlanError,
+    ModelError,
+    UsageError,
+)
 from nanorun.model.chat import (
+    Event,
     Finished,
     GenerateOptions,
     Message,
+    Notice,
     PrefillProgress,
     TextDelta,
     ThinkingDelta,
+    TokenLogprobs,
 )
+from nanorun.runtime import child as child_module
 from nanorun.runtime.client import EngineClient, EngineGeneration
 from nanorun.runtime.options import EngineOptions
 
@@ -192,7 +204,7 @@ async def test_reply_ends_when_the_context_is_full(client: EngineClient) -> None
 
 
 async def test_score_is_better_for_text_the_model_knows(client: EngineClient) -> None:
-    known = "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n" * 20
+    known = "What is 12 + 30?<think>2+0+0=2, 1+3+0=4</think>42" * 20
     n_tokens, known_ppl = await client.score(known, 128)
     _, strange_ppl = await client.score("zqx jvk wpf 9$ " * 40, 128)
     assert n_tokens > 50
@@ -218,6 +230,130 @@ async def test_killed_child_ends_the_reply_and_the_next_one_works(client: Engine
         await collect(generation)
     _, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
     assert answer == "5482"
+
+
+async def test_child_that_gives_no_sign_of_life_is_replaced(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "HEARTBEAT_S", 0.1)
+    generation = client.generate(SUM, ENDLESS)
+    await until(generation, TextDelta)
+    monkeypatch.setattr(child_module, "SILENCE_LIMIT_S", 1.0)
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+    with pytest.raises(EngineDied, match="gave no sign of life for 1 s"):
+        await collect(generation)
+    _, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
+    assert answer == "5482"
+
+
+async def test_child_that_hangs_in_one_batch_is_replaced(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(child_module, "STUCK_LIMIT_S", 1e-4)
+    generation = client.generate(SUM, ENDLESS)
+    with pytest.raises(EngineDied, match="evaluated one batch for"):
+        await collect(generation)
+
+
+# More KV cache than any machine that runs tests has memory.
+TOO_LARGE = EngineOptions(n_ctx=2**25, n_threads=1, type_k="f32", type_v="f32")
+
+
+async def test_context_that_cannot_be_had_is_opened_smaller(pico_gguf: Path) -> None:
+    client = EngineClient(pico_gguf, TOO_LARGE, smaller=[(OPTIONS, "context 33554432 -> 2048")])
+    events = [event async for event in client.generate(SUM, GenerateOptions())]
+    assert isinstance(events[0], Notice)
+    assert "context 33554432 -> 2048" in events[0].text
+    assert isinstance(events[-1], Finished)
+    assert client.info is not None and client.info.n_ctx == 2048
+    assert not any(
+        isinstance(e, Notice) for e in [e async for e in client.generate(SUM, GenerateOptions())]
+    )
+    await client.close()
+
+
+async def test_context_that_cannot_be_had_at_all_is_an_error(pico_gguf: Path) -> None:
+    client = EngineClient(pico_gguf, TOO_LARGE, smaller=[(TOO_LARGE, "nothing")])
+    with pytest.raises(MemoryPlanError, match="could not be allocated"):
+        await client.start()
+    await client.close()
+
+
+@pytest.fixture
+def kernel_blames_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every child that is killed looks like a victim of the kernel's OOM killer."""
+    kills = iter(range(1000))
+    monkeypatch.setattr(child_module, "count_oom_kills", lambda: next(kills))
+
+
+@pytest.mark.usefixtures("kernel_blames_memory")
+async def test_reply_that_has_said_nothing_begins_anew_in_a_smaller_engine(pico_gguf: Path) -> None:
+    smaller = EngineOptions(n_ctx=1024, n_threads=1)
+    client = EngineClient(pico_gguf, OPTIONS, smaller=[(smaller, "context 2048 -> 1024")])
+    await client.start()
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)  # it takes the request and dies before it says a word
+    generation = client.generate(SUM, GenerateOptions())
+    events = asyncio.create_task(_list(generation))
+    await asyncio.sleep(0.1)
+    os.kill(client.pid, signal.SIGKILL)
+    first, *others = await events
+    assert isinstance(first, Notice)
+    assert "".join(e.text for e in others if isinstance(e, TextDelta)) == "5482"
+    assert client.info is not None and client.info.n_ctx == 1024
+    await client.close()
+
+
+async def _list(generation: EngineGeneration) -> list[Event]:
+    return [event async for event in generation]
+
+
+@pytest.mark.usefixtures("kernel_blames_memory")
+async def test_reply_in_full_flow_ends_and_the_next_one_runs_smaller(pico_gguf: Path) -> None:
+    smaller = EngineOptions(n_ctx=1024, n_threads=1)
+    client = EngineClient(pico_gguf, OPTIONS, smaller=[(smaller, "context 2048 -> 1024")])
+    generation = client.generate(SUM, ENDLESS)
+    await until(generation, TextDelta)
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    with pytest.raises(EngineOutOfMemory, match="because memory ran out"):
+        await collect(generation)
+    events = await _list(client.generate(SUM, GenerateOptions()))
+    assert isinstance(events[0], Notice)
+    assert client.info is not None and client.info.n_ctx == 1024
+    await client.close()
+
+
+async def test_idle_model_is_unloaded_and_comes_back_with_its_state(
+    pico_gguf: Path, tmp_path: Path
+) -> None:
+    options = EngineOptions(n_ctx=2048, n_threads=1, state_dir=str(tmp_path))
+    client = EngineClient(pico_gguf, options, keep_alive_s=0.3)
+    long = [Message("user", "Remember: fox=1234, owl=4321. " * 20 + "What is 47 + 86?")]
+    thinking, answer, _ = await collect(client.generate(long, GenerateOptions()))
+    pid = client.pid
+    assert pid is not None
+    for _ in range(100):
+        await asyncio.sleep(0.1)
+        if client.pid is None and not psutil.pid_exists(pid):
+            break
+    else:
+        raise AssertionError("the model was not unloaded")
+    turns = [*long, Message("assistant", answer, thinking=thinking), Message("user", "12 + 30")]
+    _, _, finished = await collect(client.generate(turns, GenerateOptions()))
+    assert finished.usage.cached_from == "disk"
+    assert finished.usage.cached_tokens > 200
+    await client.close()
+
+
+async def test_model_stays_loaded_while_a_reply_runs(pico_gguf: Path) -> None:
+    client = EngineClient(pico_gguf, OPTIONS, keep_alive_s=0.05)
+    options = GenerateOptions(think="off", ignore_eos=True, max_tokens=400)
+    _, _, finished = await collect(client.generate(SUM, options))
+    assert finished.usage.completion_tokens == 400
+    await client.close()
 
 
 async def test_child_leaves_signals_of_the_group_to_its_parent(client: EngineClient) -> None:
@@ -282,3 +418,25 @@ async def test_logit_bias_forbids_and_forces(client: EngineClient, temperature: 
     )  # fmt: skip
     _, answer, _ = await collect(client.generate(SUM, options))
     assert "7" not in answer
+
+
+async def test_penalties_change_what_is_said(client: EngineClient) -> None:
+    plain = GenerateOptions(think="off", ignore_eos=True, max_tokens=120)
+    _, repeating, _ = await collect(client.generate(SUM, plain))
+    for changed in ({"presence_penalty": 2.0, "penalty_last_n": -1}, {"dry_multiplier": 4.0}):
+        options = GenerateOptions(**{**_fields(plain), **changed})
+        _, varied, _ = await collect(client.generate(SUM, options))
+        assert varied != repeating
+
+
+async def test_logprobs_come_with_the_tokens(client: EngineClient) -> None:
+    options = GenerateOptions(think="off", temperature=0, logprobs=3)
+    events = await _list(client.generate([Message("user", "Hello")], options))
+    logprobs = [event for event in events if isinstance(event, TokenLogprobs)]
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    assert b"".join(event.piece for event in logprobs).decode().strip() == text.strip()
+    for event in logprobs:
+        assert event.logprob <= 0 and not event.in_thinking
+        assert event.alternatives[0] == (event.piece, event.logprob)  # greedy takes the likeliest
+        assert len(event.alternatives) == 3
+        assert sum(math.exp(p) for _, p in event.alternatives) <= 1 + 1e-6

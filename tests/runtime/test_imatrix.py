@@ -10,8 +10,9 @@ import pytest
 
 from nanorun.errors import UsageError
 from nanorun.model.gguf import read_gguf
-from nanorun.runtime.imatrix import collect_imatrix
+from nanorun.runtime.imatrix import collect_here, collect_imatrix
 from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.score import Source
 from nanorun_quant.imatrix import read_imatrix
 
 TEXT = "What is 47 + 86? " * 60
@@ -60,9 +61,7 @@ def test_first_matrix_sees_the_normalized_embeddings(pico_f32_gguf: Path, tmp_pa
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-def test_stopped_run_is_continued(
-    pico_f32_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_run_is_continued(pico_f32_gguf: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
     expected = collect_imatrix(pico_f32_gguf, TEXT, "t", whole, 64, OPTIONS)
 
@@ -71,7 +70,7 @@ def test_stopped_run_is_continued(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_imatrix(pico_f32_gguf, TEXT, "t", cut, 64, OPTIONS, stop)
+        collect_here(pico_f32_gguf, Source(TEXT, 64), "t", cut, OPTIONS, stop)
     assert read_imatrix(cut).n_chunks == 2
     seen: list[int] = []
     found = collect_imatrix(
@@ -82,6 +81,17 @@ def test_stopped_run_is_continued(
     for name, entry in expected.entries.items():
         np.testing.assert_allclose(found.entries[name].sums, entry.sums, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(found.entries[name].counts, entry.counts)
+
+
+def test_interrupted_caller_keeps_whole_chunks(pico_f32_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "i.gguf"
+
+    def stop(_n_done: int, _n_total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        collect_imatrix(pico_f32_gguf, TEXT * 20, "t", out, 64, OPTIONS, stop)
+    assert 1 <= read_imatrix(out).n_chunks < 100
 
 
 def test_file_of_another_text_is_kept(pico_f32_gguf: Path, tmp_path: Path) -> None:
@@ -104,5 +114,5 @@ def test_error_in_the_callback_is_no_silent_gap(
 
     monkeypatch.setattr(module._Collector, "_take", broken)
     with pytest.raises(EngineError, match="could not be read"):
-        collect_imatrix(pico_f32_gguf, TEXT, "t", tmp_path / "i.gguf", 64, OPTIONS)
+        collect_here(pico_f32_gguf, Source(TEXT, 64), "t", tmp_path / "i.gguf", OPTIONS)
     assert not (tmp_path / "i.gguf").exists()

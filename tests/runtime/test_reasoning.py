@@ -10,6 +10,7 @@ from nanorun.runtime.reasoning import (
     ReasoningDial,
     grace_tokens,
     parse_think,
+    template_effort,
 )
 
 NEWLINE, CLOSE = 1, 2
@@ -157,3 +158,22 @@ def test_thinking_never_exceeds_budget_and_grace(budget: int, pieces: list[bytes
     if len(pieces) >= budget + grace_tokens(budget):
         assert forced[-2:] == [CLOSE, NEWLINE]
         assert dial.phase is Phase.ANSWER
+
+
+@pytest.mark.parametrize(
+    ("think", "template", "variables"),
+    [
+        ("low", "{% if low_effort %}", {"low_effort": True}),
+        ("LOW ", "{% if low_effort %}", {"low_effort": True}),
+        ("medium", "{% if low_effort %}", {}),
+        ("medium", "{% if medium_effort %}", {"medium_effort": True}),
+        ("low", "{% if medium_effort %}", {"medium_effort": True}),
+        ("high", "{% if low_effort %}{% if medium_effort %}", {}),
+        (300, "{% if low_effort %}", {}),
+        ("low", "{% if enable_thinking %}", {}),
+    ],
+)
+def test_levels_speak_to_templates_that_listen(
+    think: str | int, template: str, variables: dict[str, bool]
+) -> None:
+    assert template_effort(think, template) == variables

@@ -6,6 +6,7 @@ from typing import Any
 
 from nanorun.runtime.scheduler import (
     MAX_PREFILL_BESIDE_DECODE,
+    last_in_turn,
     plan_rows,
     shared_prefix_leader,
 )
@@ -17,11 +18,23 @@ class FakeStream:
     n_evaluated: int
     seq_id: int = 0
     pending: int | None = None
+    drafts: list[int] = field(default_factory=list)
     stops: set[int] = field(default_factory=set)
+
+    background: bool = False
+    order: int = 0
 
     @property
     def request(self) -> Any:
-        return SimpleNamespace(prompt=list(range(self.n_prompt)), anchor=False)
+        return SimpleNamespace(anchor=False)
+
+    @property
+    def prompt(self) -> list[int]:
+        return list(range(self.n_prompt))
+
+    @property
+    def turn(self) -> tuple[bool, bool, int]:
+        return (False, self.background, self.order)
 
     @property
     def branch(self) -> Any:
@@ -56,6 +69,30 @@ def test_answering_streams_come_first_and_keep_prompts_short() -> None:
 def test_prompts_share_a_batch_in_order_of_arrival() -> None:
     plan = plan_rows([FakeStream(100, 0, 1), FakeStream(500, 0, 2)], n_batch=256, n_ubatch=256)
     assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(1, 100), (2, 156)]
+
+
+def test_prompts_that_somebody_waits_for_are_read_first() -> None:
+    streams = [FakeStream(400, 0, 1, background=True), FakeStream(100, 0, 2, order=1)]
+    plan = plan_rows(streams, n_batch=256, n_ubatch=256)
+    assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(2, 100), (1, 156)]
+
+
+def test_the_newest_background_stream_gives_way_first() -> None:
+    streams = [
+        FakeStream(1, 0, order=0, background=True),
+        FakeStream(1, 0, order=1, background=True),
+        FakeStream(1, 0, order=2),
+    ]
+    assert last_in_turn(streams) is streams[1]
+    assert last_in_turn(streams[2:]) is streams[2]
+
+
+def test_only_background_work_gives_way_to_an_interactive_stream() -> None:
+    interactive, background = FakeStream(1, 0, order=0), FakeStream(1, 0, background=True)
+    newcomer = FakeStream(1, 0, order=5)
+    assert last_in_turn([interactive, background], than=newcomer) is background
+    assert last_in_turn([interactive], than=newcomer) is None
+    assert last_in_turn([interactive, background], than=FakeStream(1, 0, background=True)) is None
 
 
 def test_prefill_pauses_at_a_stop() -> None:

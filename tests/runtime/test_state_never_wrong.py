@@ -14,13 +14,18 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 
 from tests.runtime.harness import SMALL, Rig
 
-TOKENS = st.lists(st.integers(32, 900), min_size=1, max_size=40)
+# Repetitive ones let guesses from earlier text come true now and then.
+TOKENS = st.one_of(
+    st.lists(st.integers(32, 900), min_size=1, max_size=40),
+    st.lists(st.integers(32, 36), min_size=1, max_size=40),
+)
 
 
 class Conversations(RuleBasedStateMachine):
     """Submit, continue, branch, edit, cancel, read ahead, evict, spill, restart, in any order."""
 
     model: ClassVar[Path]
+    speculation: ClassVar[str] = "off"
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +37,7 @@ class Conversations(RuleBasedStateMachine):
             archive_bytes=900_000,
             checkpoint_bytes=2_000_000,
             state_dir=self.folder.name,
+            speculation=self.speculation,
         )
         self.rig = Rig(self.model, options)
         self.running: list[str] = []
@@ -46,9 +52,10 @@ class Conversations(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         tail=TOKENS,
-        n_tokens=st.integers(1, 6),
+        n_tokens=st.integers(1, 20),
         boundaries=st.lists(st.integers(1, 200), max_size=3),
         anchor=st.booleans(),
+        background=st.booleans(),
     )
     def submit(
         self,
@@ -57,6 +64,7 @@ class Conversations(RuleBasedStateMachine):
         n_tokens: int,
         boundaries: list[int],
         anchor: bool,
+        background: bool,
     ) -> None:
         """A new conversation, a next turn, or an edit: any earlier text, cut anywhere, and more."""
         earlier, cuts = data.draw(st.sampled_from(self.history))
@@ -65,7 +73,9 @@ class Conversations(RuleBasedStateMachine):
         if anchor and not self.running:
             self.rig.submit(prompt, boundaries=boundaries, anchor=True)
             return
-        request_id = self.rig.submit(prompt, n_tokens=n_tokens, boundaries=boundaries)
+        request_id = self.rig.submit(
+            prompt, n_tokens=n_tokens, boundaries=boundaries, background=background
+        )
         self.running.append(request_id)
         self.boundaries[request_id] = boundaries
 
@@ -110,8 +120,11 @@ class Conversations(RuleBasedStateMachine):
             self.history.append((text, self.boundaries[request_id]))
 
 
-def check_conversations(model: Path, max_examples: int, n_steps: int) -> None:
-    machine = type("Conversations", (Conversations,), {"model": model})
+def check_conversations(
+    model: Path, max_examples: int, n_steps: int, speculation: str = "off"
+) -> None:
+    fields = {"model": model, "speculation": speculation}
+    machine = type("Conversations", (Conversations,), fields)
     run_state_machine_as_test(
         machine,
         settings=settings(
@@ -131,13 +144,36 @@ def test_replies_equal_fresh_evaluations_on_a_dense_hybrid(dense_gguf: Path) -> 
     check_conversations(dense_gguf, max_examples=40, n_steps=20)
 
 
+def test_replies_equal_fresh_evaluations_with_guesses_from_earlier_text(
+    pico_f32_gguf: Path,
+) -> None:
+    check_conversations(pico_f32_gguf, max_examples=40, n_steps=20, speculation="lookup")
+
+
+@pytest.fixture
+def bold_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head guesses even where it has no idea, so that much is taken back."""
+    monkeypatch.setattr("nanorun.runtime.mtp._MIN_PROBABILITY", 0.0)
+
+
+@pytest.mark.usefixtures("bold_head")
+def test_replies_equal_fresh_evaluations_with_guesses_of_the_head(mtp_gguf: Path) -> None:
+    check_conversations(mtp_gguf, max_examples=40, n_steps=20, speculation="mtp")
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("model", ["pico_f32_gguf", "dense_gguf"])
+@pytest.mark.usefixtures("bold_head")
+@pytest.mark.parametrize(
+    ("model", "speculation"),
+    [("pico_f32_gguf", "off"), ("dense_gguf", "off"), ("pico_f32_gguf", "lookup"),
+     ("mtp_gguf", "mtp")],
+)  # fmt: skip
 def test_replies_equal_fresh_evaluations_at_length(
-    model: str, request: pytest.FixtureRequest
+    model: str, speculation: str, request: pytest.FixtureRequest
 ) -> None:
-    check_conversations(request.getfixturevalue(model), max_examples=500, n_steps=30)
+    path = request.getfixturevalue(model)
+    check_conversations(path, max_examples=500, n_steps=30, speculation=speculation)
 
 
 def test_states_on_disk_are_what_a_restart_begins_with(pico_f32_gguf: Path, tmp_path: Path) -> None:

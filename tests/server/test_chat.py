@@ -40,7 +40,7 @@ async def test_completion_has_answer_thinking_and_usage(endpoint: Make) -> None:
         "prompt_tokens": 7,
         "completion_tokens": 5,
         "total_tokens": 12,
-        "prompt_tokens_details": {"cached_tokens": 5},
+        "prompt_tokens_details": {"cached_tokens": 5, "cached_from": None},
         "completion_tokens_details": {"reasoning_tokens": 3},
     }
 
@@ -105,7 +105,7 @@ async def test_stream_tool_calls_are_numbered_and_whole(endpoint: Make) -> None:
 async def test_stream_tells_of_prefill_and_notices_in_comments(endpoint: Make) -> None:
     steps = [PrefillProgress(3, 9, 0), Notice("restarted\nthe engine"), *reply("x")]
     stream = await endpoint(steps).stream()
-    assert stream.comments[:2] == ["prompt 3 of 9 tokens", "restarted the engine"]
+    assert stream.comments[:2] == ["prompt 3 of 9 tokens", "notice: restarted the engine"]
     assert stream.text("content") == "x"
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nanorun.model.chat import Message, ToolCall
+from nanorun.model.chat import GenerateOptions, Grammar, Message, ToolCall
 from nanorun.server.errors import ApiError
 from nanorun.server.schema import EFFORTS, ChatRequest
 
@@ -165,8 +165,12 @@ def test_tool_choice_none_hides_the_tools() -> None:
     "fields",
     [
         {"tools": [{"type": "web_search"}]},
-        {"tool_choice": "required"},
-        {"tool_choice": {"type": "function", "function": {"name": "add"}}},
+        {"tool_choice": "always"},
+        {"tool_choice": {"type": "function"}},
+        {"frequency_penalty": 3},
+        {"top_logprobs": 21},
+        {"response_format": {"type": "xml"}},
+        {"structured_outputs": {"choice": ["a"]}},
         {"temperature": -1},
         {"temperature": float("nan")},
         {"top_p": 2},
@@ -190,12 +194,7 @@ def test_field_out_of_range_is_refused(fields: dict[str, Any]) -> None:
     "fields",
     [
         {"n": 2},
-        {"logprobs": True},
         {"top_logprobs": 3},
-        {"frequency_penalty": 0.5},
-        {"presence_penalty": -0.5},
-        {"response_format": {"type": "json_object"}},
-        {"parallel_tool_calls": False},
         {"modalities": ["text", "audio"]},
         {"functions": [{"name": "f"}]},
         {"web_search_options": {}},
@@ -216,7 +215,6 @@ def test_field_that_would_change_the_answer_is_refused_by_name(fields: dict[str,
     [
         {"n": 1},
         {"logprobs": False},
-        {"frequency_penalty": 0.0},
         {"response_format": {"type": "text"}},
         {"parallel_tool_calls": True},
         {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
@@ -259,3 +257,61 @@ def test_history_shows_whether_the_client_gives_thinking_back(reasoning: dict[st
     ]
     options = ChatRequest.model_validate({"messages": turns}).to_options(default_think="off")
     assert options.echo_thinking == bool(reasoning)
+
+
+@pytest.mark.parametrize(
+    ("tier", "priority"),
+    [("flex", "background"), ("default", "interactive"), (None, "interactive")],
+)
+def test_flexible_requests_run_in_the_background(tier: str | None, priority: str) -> None:
+    assert parse(service_tier=tier).to_options(default_think="low").priority == priority
+
+
+TOOLS = [{"type": "function", "function": {"name": name}} for name in ("add", "ping")]
+
+
+def options(**fields: Any) -> GenerateOptions:
+    return parse(**fields).to_options(default_think="low")
+
+
+def test_one_tool_may_be_demanded() -> None:
+    named = options(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "ping"}})
+    assert named.tool_choice == "required"
+    assert [tool["function"]["name"] for tool in named.tools] == ["ping"]
+    assert options(tools=TOOLS, tool_choice="required").tool_choice == "required"
+    assert options(tools=TOOLS, parallel_tool_calls=False).parallel_tool_calls is False
+
+
+def test_tool_that_is_not_offered_cannot_be_demanded() -> None:
+    with pytest.raises(ApiError, match="which is none of the tools"):
+        parse(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "fly"}})
+
+
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}},
+         Grammar("json_schema", '{"type": "object"}')),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "null"}}}},
+         Grammar("json_schema", '{"type": "null"}')),
+        ({"structured_outputs": {"regex": "a+"}}, Grammar("regex", "a+")),
+        ({"structured_outputs": {"grammar": "start: X"}}, Grammar("lark", "start: X")),
+        ({"structured_outputs": {"json": {"type": "null"}}},
+         Grammar("json_schema", '{"type": "null"}')),
+    ],
+)  # fmt: skip
+def test_forms_become_grammars(fields: dict[str, Any], grammar: Grammar | None) -> None:
+    assert options(**fields).grammar == grammar
+
+
+def test_schema_that_is_missing_is_refused() -> None:
+    with pytest.raises(ApiError, match="has no json_schema"):
+        options(response_format={"type": "json_schema"})
+
+
+def test_penalties_and_logprobs_reach_the_engine() -> None:
+    made = options(frequency_penalty=0.5, dry_multiplier=0.8, logprobs=True, top_logprobs=3)
+    assert (made.frequency_penalty, made.dry_multiplier, made.logprobs) == (0.5, 0.8, 3)
+    assert options(logprobs=True).logprobs == 0
+    assert options(logprobs=False).logprobs is None

@@ -111,9 +111,10 @@ async def chatting(
     size: tuple[int, int] = (100, 30),
     options: GenerateOptions | None = None,
     model_name: str = "",
+    endpoint: str = "",
 ) -> AsyncIterator[Chat]:
     """The chat with a client, started and ready (or as ready as the client gets)."""
-    app = NanorunApp(client, model_name=model_name, options=options)
+    app = NanorunApp(client, model_name=model_name, options=options, endpoint=endpoint)
     notes: list[str] = []
     notify = app.notify
 

@@ -49,7 +49,9 @@ class ChatScreen(Screen[None]):
 
     think: reactive[str | int] = reactive("medium", init=False)
 
-    def __init__(self, client: Client, *, model_name: str, options: GenerateOptions) -> None:
+    def __init__(
+        self, client: Client, *, model_name: str, options: GenerateOptions, endpoint: str = ""
+    ) -> None:
         super().__init__()
         self.messages: list[Message] = []
         self.turn: Turn | None = None
@@ -57,6 +59,7 @@ class ChatScreen(Screen[None]):
         self._client = client
         self._model_name = model_name
         self._options = options
+        self._endpoint = endpoint
         self._info: ModelInfo | None = None
         self._generation: Generation | None = None
         self._is_stopping = False
@@ -91,7 +94,7 @@ class ChatScreen(Screen[None]):
 
     def on_mount(self) -> None:
         """Begin to load the model; the composer is usable meanwhile."""
-        self.status.model = self._model_name
+        self.status.model = self._model_name or self._endpoint
         self.status.think = self.think
         self.query_one(Welcome).update(self._welcome())
         self.composer.focus()
@@ -133,7 +136,8 @@ class ChatScreen(Screen[None]):
     def _on_engine_ready(self, event: EngineReady) -> None:
         self._loading_timer.pause()
         self._info = event.info
-        self.status.model = self._model_name or event.info.name
+        name = self._model_name or event.info.name
+        self.status.model = f"{name} at {self._endpoint}" if self._endpoint else name
         self.status.n_ctx = event.info.n_ctx
         self.query_one(Welcome).update(self._welcome())
         self._show_ready()
@@ -143,7 +147,8 @@ class ChatScreen(Screen[None]):
     @on(EngineFailed)
     async def _on_engine_failed(self, event: EngineFailed) -> None:
         self._loading_timer.pause()
-        self._show_state("not loaded", "$text-error")
+        state = "not reached" if self._endpoint else "not loaded"
+        self._show_state(state, "$text-error")
         if self.turn is None:
             await self.transcript.add(ErrorPanel(event.error))
         else:
@@ -152,7 +157,7 @@ class ChatScreen(Screen[None]):
     def _welcome(self) -> Content:
         lines = [Content.styled("nanorun", "bold $text-primary")]
         if self._info is not None:
-            lines.append(Content(_model_facts(self._info)))
+            lines.append(Content(_model_facts(self._info, is_remote=bool(self._endpoint))))
         lines.append(
             Content("Ask something. Ctrl+R sets how long it may think, Ctrl+P shows all commands.")
         )
@@ -221,7 +226,7 @@ class ChatScreen(Screen[None]):
         if self._is_stopping:
             return "stopping"
         if phase is Phase.WAITING and self._engine_is_down:
-            return "restarting the engine"
+            return "asking the endpoint again" if self._endpoint else "restarting the engine"
         return str(phase)
 
     @on(ReplyEnded)
@@ -347,24 +352,26 @@ class ChatScreen(Screen[None]):
 
     def _show_ready(self) -> None:
         if self._engine_is_down:
-            self._show_state("engine restarts when asked", "$text-warning")
+            state = "endpoint is gone" if self._endpoint else "engine restarts when asked"
+            self._show_state(state, "$text-warning")
         else:
             self._show_state("ready", "$text-success")
 
     def _show_loading(self) -> None:
         seconds = time.monotonic() - self._loading_since
-        self._show_state(f"loading the model, {seconds_label(seconds)}", "$text-accent")
+        what = f"connecting to {self._endpoint}" if self._endpoint else "loading the model"
+        self._show_state(f"{what}, {seconds_label(seconds)}", "$text-accent")
 
 
-def _model_facts(info: ModelInfo) -> str:
-    """What was loaded, in one line."""
+def _model_facts(info: ModelInfo, *, is_remote: bool) -> str:
+    """What was loaded or reached, in one line."""
     facts = [
-        f"{params_label(info.n_params)} parameters",
+        f"{params_label(info.n_params)} parameters" if info.n_params else "",
         info.recipe or "",
-        format_gib(info.file_bytes),
-        f"{count_label(info.n_ctx)} tokens of context",
-        f"on {info.device}",
-        f"loaded in {seconds_label(info.load_s)}",
+        format_gib(info.file_bytes) if info.file_bytes else "",
+        f"{count_label(info.n_ctx)} tokens of context" if info.n_ctx else "",
+        f"{'at' if is_remote else 'on'} {info.device}",
+        f"{'reached' if is_remote else 'loaded'} in {seconds_label(info.load_s)}",
     ]
     return printable(" · ".join(fact for fact in facts if fact))
 

@@ -9,7 +9,7 @@ import pytest
 
 from nanorun.model.ggml_type import GgmlType
 from nanorun_quant.codecs import q2_0
-from nanorun_quant.encode import encode
+from nanorun_quant.encode import Encoder
 from nanorun_quant.ggml import UnquantizableError, load_ggml
 
 
@@ -80,4 +80,4 @@ def test_number_that_cannot_be_held_is_refused() -> None:
         q2_0.encode(data)
     data[0, 3] = np.nan
     with pytest.raises(UnquantizableError, match="not finite"):
-        encode(load_ggml(), data, GgmlType.Q2_0)
+        Encoder(load_ggml()).encode(data, GgmlType.Q2_0)

@@ -1,0 +1,124 @@
+"""Drawing a token from logits: truncation and choice, in numpy, without sorting the vocabulary.
+
+The filters come in llama.cpp's order (top-k, top-p, min-p, temperature) and keep what its samplers
+keep. They cost less because only the likeliest few hundred of 131,072 logits are ever sorted:
+`bench/sampling.py` compares the two.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
+Ids = NDArray[np.intp]
+
+_BLOCK = 256
+# Most tokens that are sorted in the search for a nucleus.
+_N_LIKELY = 1024
+# Larger ones are found by bins of logits: 256 in each factor of e, down to e^-32 of the likeliest.
+_BINS_A_NAT = 256
+_N_BINS = 32 * _BINS_A_NAT
+
+
+def likeliest(logits: Logits, n: int) -> Ids:
+    """Ids of the `n` highest logits, highest first; ties by id.
+
+    The n-th highest of the blocks' maxima is a lower bound for the n-th highest logit, so only
+    what reaches it has to be sorted.
+    """
+    block = min(_BLOCK, len(logits) // (2 * n))
+    if block > 1:
+        n_blocks = len(logits) // block
+        maxima = logits[: n_blocks * block].reshape(n_blocks, block).max(axis=1)
+        bound = np.partition(maxima, n_blocks - n)[n_blocks - n]
+        ids = np.flatnonzero(logits >= bound)
+    else:
+        ids = np.arange(len(logits))
+    order = np.argsort(-logits[ids], kind="stable")
+    return ids[order[:n]]
+
+
+def truncate(logits: Logits, *, top_k: int, top_p: float, min_p: float) -> Ids | None:
+    """Ids that the filters leave, None if they leave all.
+
+    Args:
+        logits: One logit a token.
+        top_k: Keep that many of the likeliest; 0 for all.
+        top_p: Keep the likeliest until their probabilities sum up to it.
+        min_p: Keep what is at least that share of the likeliest's probability.
+    """
+    ids: Ids | None = None
+    if 0 < top_k < len(logits):
+        ids = likeliest(logits, top_k)
+    if top_p < 1:
+        ids = _nucleus(logits, top_p) if ids is None else ids[: _n_nucleus(logits[ids], top_p)]
+    if min_p > 0:
+        bound = logits.max() + np.log(min_p)
+        ids = np.flatnonzero(logits >= bound) if ids is None else ids[logits[ids] >= bound]
+    return ids
+
+
+def _nucleus(logits: Logits, top_p: float) -> Ids:
+    """The likeliest tokens of all that sum up to `top_p`; in no order if they are many."""
+    top = logits.max()
+    weights = np.exp(logits - top)
+    wanted = top_p * float(weights.sum(dtype=np.float64))
+    ids = likeliest(logits, _N_LIKELY)
+    sums = np.cumsum(weights[ids], dtype=np.float64)
+    if sums[-1] >= wanted or len(ids) == len(logits):
+        return ids[: int(np.searchsorted(sums, wanted)) + 1]
+    return _large_nucleus((top - logits) * np.float32(_BINS_A_NAT), weights, wanted)
+
+
+def _large_nucleus(depth: Logits, weights: Logits, wanted: float) -> Ids:
+    """The nucleus where it is too large to be sorted: only the bin at its edge is.
+
+    Args:
+        depth: How far each logit lies below the highest, in bins.
+        weights: What each token weighs.
+        wanted: What the nucleus weighs.
+    """
+    bins = np.minimum(depth, _N_BINS - 1).astype(np.intp)
+    sums = np.cumsum(np.bincount(bins, weights, _N_BINS))
+    edge = min(int(np.searchsorted(sums, wanted)), _N_BINS - 1)
+    inside = np.flatnonzero(bins < edge)
+    at_edge = np.flatnonzero(bins == edge)
+    at_edge = at_edge[np.argsort(depth[at_edge], kind="stable")]
+    missing = wanted - (float(sums[edge - 1]) if edge else 0.0)
+    n_more = int(np.searchsorted(np.cumsum(weights[at_edge], dtype=np.float64), missing)) + 1
+    return np.concatenate([inside, at_edge[:n_more]])
+
+
+def _n_nucleus(sorted_logits: Logits, top_p: float) -> int:
+    weights = np.exp(sorted_logits - sorted_logits[0])
+    sums = np.cumsum(weights, dtype=np.float64)
+    return int(np.searchsorted(sums, top_p * sums[-1])) + 1
+
+
+def draw(logits: Logits, temperature: float, u: float) -> int:
+    """The index that the number `u` in [0, 1) falls on, among `softmax(logits / temperature)`.
+
+    Summed by blocks first, so that a large vocabulary costs no cumulative sum of its length.
+    """
+    weights = np.exp((logits - logits.max()) / np.float32(temperature))
+    n_blocks = -(-len(weights) // _BLOCK)
+    weights = np.pad(weights, (0, n_blocks * _BLOCK - len(weights)))
+    blocks = weights.reshape(n_blocks, _BLOCK)
+    ends = np.cumsum(blocks.sum(axis=1, dtype=np.float64))
+    target = u * ends[-1]
+    i_block = min(int(np.searchsorted(ends, target, side="right")), n_blocks - 1)
+    before = ends[i_block - 1] if i_block else 0.0
+    inner = np.cumsum(blocks[i_block], dtype=np.float64)
+    i = min(int(np.searchsorted(inner, target - before, side="right")), _BLOCK - 1)
+    while blocks[i_block, i] == 0:  # rounding, at the end of a block
+        i -= 1
+    return min(i_block * _BLOCK + i, len(logits) - 1)
+
+
+def log_softmax_at(logits: Logits, ids: Ids) -> NDArray[np.float64]:
+    """Natural logarithms of the probabilities of some tokens, before any filter."""
+    top = float(logits.max())
+    log_sum = np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64))
+    logprobs: NDArray[np.float64] = logits[ids].astype(np.float64) - top - log_sum
+    return logprobs

@@ -1,0 +1,9 @@
+"""The same client verbs and events over any OpenAI-style endpoint.
+
+`engine.py` is the client, `generation.py` one reply; `dialect.py` knows what each family of
+endpoints takes, `reply.py` what they say.
+"""
+
+from nanorun.runtime.remote.engine import RemoteEngine
+
+__all__ = ["RemoteEngine"]

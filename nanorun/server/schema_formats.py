@@ -1,0 +1,60 @@
+"""What a request's answer must look like."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nanorun.model.chat import Grammar
+from nanorun.server.errors import ApiError
+
+
+class JsonSchema(BaseModel):
+    """A schema and its name."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | bool, Field(alias="schema")] = True
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    """What the answer must look like, in OpenAI's words."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def schema_text(self) -> str | None:
+        """The schema as JSON; None for free text."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return '{"type": "object"}'
+        if self.json_schema is None:
+            raise ApiError(
+                400, "response_format has no json_schema", code="invalid_value",
+                param="response_format",
+            )  # fmt: skip
+        return json.dumps(self.json_schema.schema_)
+
+
+class StructuredOutputs(BaseModel):
+    """What the answer must look like, in vLLM's words; one of the fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    grammar: str | None = None
+    """In llguidance's dialect of Lark."""
+
+    def to_grammar(self) -> Grammar | None:
+        """The form as the engine takes it."""
+        if self.json_ is not None:
+            text = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
+            return Grammar("json_schema", text)
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        return None if self.grammar is None else Grammar("lark", self.grammar)

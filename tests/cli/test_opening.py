@@ -1,0 +1,124 @@
+"""How `run`, `chat` and `serve` open the engine: as planned, or with a reason not to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nanorun.cli.planning import Opening, log_memory, plan_opening
+from nanorun.errors import MemoryPlanError, UsageError
+from nanorun.plan.hardware import Hardware
+from nanorun.runtime.options import EngineOptions
+from tests.cli.conftest import FakeEngine, Result
+from tests.plan.profiles import profile
+
+GIB = 2**30
+Run = Callable[..., Result]
+
+
+def on(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
+    monkeypatch.setattr("nanorun.plan.hardware.detect_hardware", lambda: machine)
+
+
+def test_run_opens_the_model_as_planned(
+    nanorun: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, profile("cpu-24g"))
+    assert nanorun("run", "pico", "x", "--n-ctx", "100k").code == 0
+    assert engine.options is not None
+    assert (engine.options.n_ctx, engine.options.n_gpu_layers) == (102400, 0)
+    assert engine.options.archive_bytes > 0
+    options, change = engine.smaller[0]
+    assert isinstance(options, EngineOptions)
+    assert change.startswith("room for saved prompts")
+
+
+def test_longest_context_is_what_fits(
+    nanorun: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, profile("cpu-24g").restricted(ram=3 * GIB // 4))
+    assert nanorun("run", "pico", "x", "--n-ctx", "max").code == 0
+    assert engine.options is not None
+    assert 8192 < engine.options.n_ctx < 1_048_576
+
+
+def test_model_that_does_not_fit_is_not_loaded(
+    nanorun: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, profile("cpu-24g").restricted(ram=3 * GIB // 4))
+    result = nanorun("run", "pico", "x", "--n-ctx", "1M")
+    assert result.code == 4
+    assert result.err.startswith("nanorun: error: pico at n_ctx 1,048,576 needs ")
+    assert "try: nanorun run pico --n-ctx " in result.err
+    assert engine.client.n_starts == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["run", "pico", "x", "--n-ctx", "0"], 2, "not a number of tokens: '0'"),
+        (["run", "pico", "x", "--n-ctx", "2M"], 2, "n_ctx 2,097,152 is outside what pico was"),
+        (
+            ["serve", "pico", "--port", "0", "--n-ctx", "99999M"],
+            4,
+            "try: nanorun serve pico --n-ctx ",
+        ),
+        (["serve", "pico", "--port", "0", "--parallel", "65"], 2, "--parallel"),
+    ],
+)
+def test_context_that_cannot_be_meant_is_refused_before_loading(
+    nanorun: Run, engine: FakeEngine, args: list[str], code: int, text: str
+) -> None:
+    result = nanorun(*args)
+    assert result.code == code
+    assert text in result.err
+    assert engine.client.n_starts == 0
+
+
+def test_context_of_an_endpoint_may_hold_several_texts(pico_gguf: Path) -> None:
+    opening = plan_opening("pico", pico_gguf, "16k", command="serve", keeps_texts=True)
+    assert opening.options.n_ctx == 16384
+    with pytest.raises(UsageError, match="outside what pico was trained for: 1 to 4,096"):
+        plan_opening("pico", pico_gguf, "16k", command="chat")
+
+
+def test_states_are_kept_by_every_plan(pico_gguf: Path) -> None:
+    opening = plan_opening("pico", pico_gguf, None, command="chat", state_dir="/states")
+    assert opening.options.n_ctx == 4096  # what pico was trained for, less than the default
+    assert {o.state_dir for o in (opening.options, *(o for o, _ in opening.smaller))} == {"/states"}
+
+
+def test_file_is_named_as_the_person_named_it(
+    pico_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(monkeypatch, profile("cpu-24g").restricted(ram=2**28))
+    with pytest.raises(MemoryPlanError, match=r"^pico at n_ctx 4,096 needs"):
+        plan_opening("pico", pico_gguf, None, command="chat")
+    with pytest.raises(UsageError, match=r"^n_ctx 8,192 is outside what pico was trained for"):
+        plan_opening("pico", pico_gguf, "8k", command="chat")
+
+
+def test_memory_is_logged_beside_the_plan(caplog: pytest.LogCaptureFixture) -> None:
+    opening = Opening(options=EngineOptions(), smaller=(), planned_bytes=GIB)
+    log_memory(opening, os.getpid())
+    assert caplog.messages == []
+    with caplog.at_level(logging.DEBUG, "nanorun"):
+        log_memory(opening, os.getpid())
+        log_memory(opening, None)
+        log_memory(replace(opening), 2**22 + 1)  # no such process
+    (message,) = caplog.messages
+    assert message.startswith("memory: 1.0 GiB planned, ")
+    assert message.endswith(" resident after loading")
+
+
+def test_verbose_tells_of_the_plan(
+    nanorun: Run, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.NOTSET, "nanorun"):
+        assert nanorun("run", "pico", "x", "--n-ctx", "8k", "-v").code == 0
+    assert "plan: n_ctx 8,192: as asked" in caplog.messages
