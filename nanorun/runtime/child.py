@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ from typing import Any
 from nanorun.errors import EngineDied, EngineError, EngineOutOfMemory, NanorunError
 from nanorun.model.chat import ModelInfo
 from nanorun.runtime import wire
-from nanorun.runtime.oom import count_oom_kills, is_about_memory
+from nanorun.runtime.child_main import process_ending
+from nanorun.runtime.oom import count_oom_kills, died_of_memory
 from nanorun.runtime.options import EngineOptions
 
 _N_STDERR_LINES = 40
@@ -192,25 +192,14 @@ class Child:
             return EngineDied("the engine was closed", facts=last_words)
         if self._hung:
             return EngineDied(f"the engine's process {self._hung} and was ended", facts=last_words)
-        killed_by_kernel = code == -signal.SIGKILL and count_oom_kills() > self._oom_kills
-        if killed_by_kernel or (code < 0 and any(map(is_about_memory, last_words))):
+        if died_of_memory(code, self._oom_kills, last_words):
             return EngineOutOfMemory(
-                f"the engine's process {_ending(code)} because memory ran out", facts=last_words
+                f"the engine's process {process_ending(code)} because memory ran out",
+                facts=last_words,
             )
-        return EngineDied(f"the engine's process {_ending(code)}", facts=last_words)
+        return EngineDied(f"the engine's process {process_ending(code)}", facts=last_words)
 
     async def _read_stderr(self) -> None:
         assert self._process is not None and self._process.stderr is not None
         async for line in self._process.stderr:
             self._stderr.append(line.decode("utf-8", "replace").rstrip())
-
-
-def _ending(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was ended by {name}"

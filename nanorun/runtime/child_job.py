@@ -13,24 +13,23 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import signal
 import subprocess
 import sys
 import threading
-import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from nanorun.errors import EngineDied, NanorunError
+from nanorun.errors import EngineDied, EngineOutOfMemory, NanorunError
 from nanorun.runtime import wire
+from nanorun.runtime.child_main import process_ending, run_as_child
+from nanorun.runtime.oom import count_oom_kills, died_of_memory
 
 Progress = Callable[..., None]
 Job = Callable[[dict[str, Any], Progress], Any]
 """A function at the top of a module: JSON in, progress on the way (JSON values), JSON out."""
 
 _N_STDERR_LINES = 6
-_EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 # How long a child goes on that has lost its parent where the kernel does not end it.
 _ORPHAN_S = 60.0
 
@@ -50,6 +49,7 @@ def run_job(
         EngineDied: If the child ended without a result.
         NanorunError: What the job raised.
     """
+    oom_kills = count_oom_kills()
     with subprocess.Popen(
         [sys.executable, "-m", "nanorun.runtime.child_job"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -71,7 +71,11 @@ def run_job(
             process.stdin.close()
         code = process.wait()
     if answer is None:
-        raise EngineDied(f"the engine's process {_ending(code)}", facts=last_lines.wait())
+        facts = last_lines.wait()
+        ending = f"the engine's process {process_ending(code)}"
+        if died_of_memory(code, oom_kills, facts):
+            raise EngineOutOfMemory(f"{ending} because memory ran out", facts=facts)
+        raise EngineDied(ending, facts=facts)
     if answer["kind"] == "error":
         raise wire.error_from_json(answer)
     return answer["value"]
@@ -121,18 +125,6 @@ class _Tail:
             for line in self._stream:
                 if text := line.decode("utf-8", "replace").rstrip():
                     self._lines.append(text)
-
-
-def _ending(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    hint = ", perhaps because memory ran out" if name == "SIGKILL" else ""
-    return f"was ended by {name}{hint}"
 
 
 def _read(stream: Any) -> dict[str, Any] | None:
@@ -199,37 +191,5 @@ def _serve(source: BinaryIO, sink: BinaryIO) -> None:
         pass
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies, however it dies."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def main() -> None:
-    """Do the one job that comes in on stdin.
-
-    Native code may print to stdout; frames go out on a private copy of it, and what anyone else
-    writes there joins stderr.
-    """
-    _die_with_parent()
-    # Ctrl-C reaches the whole process group. The parent decides, and closes stdin.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    source = os.fdopen(os.dup(0), "rb")
-    try:
-        _serve(source, sink)
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(_EXIT_BUG)  # the listening thread holds the lock of its stream
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    run_as_child(_serve)

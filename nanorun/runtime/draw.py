@@ -96,24 +96,77 @@ def _n_nucleus(sorted_logits: Logits, top_p: float) -> int:
     return int(np.searchsorted(sums, top_p * sums[-1])) + 1
 
 
-def draw(logits: Logits, temperature: float, u: float) -> int:
-    """The index that the number `u` in [0, 1) falls on, among `softmax(logits / temperature)`.
+class Noise:
+    """Random numbers for one draw after the other, each tied to a seed, a step and a token.
 
-    Summed by blocks first, so that a large vocabulary costs no cumulative sum of its length.
+    A token's number does not depend on which others are considered. So a draw that is repeated with
+    logits that differ in their last digits, as those of another batch do, almost always comes out
+    the same; a single number for all tokens would fall on another one far more often.
+
+    Args:
+        seed: Decides them all.
     """
-    weights = np.exp((logits - logits.max()) / np.float32(temperature))
-    n_blocks = -(-len(weights) // _BLOCK)
-    weights = np.pad(weights, (0, n_blocks * _BLOCK - len(weights)))
-    blocks = weights.reshape(n_blocks, _BLOCK)
-    ends = np.cumsum(blocks.sum(axis=1, dtype=np.float64))
-    target = u * ends[-1]
-    i_block = min(int(np.searchsorted(ends, target, side="right")), n_blocks - 1)
-    before = ends[i_block - 1] if i_block else 0.0
-    inner = np.cumsum(blocks[i_block], dtype=np.float64)
-    i = min(int(np.searchsorted(inner, target - before, side="right")), _BLOCK - 1)
-    while blocks[i_block, i] == 0:  # rounding, at the end of a block
-        i -= 1
-    return min(i_block * _BLOCK + i, len(logits) - 1)
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self.next_step(0)
+
+    def next_step(self, step: int) -> None:
+        """Go to the numbers of a step."""
+        state = (self._seed + step * int(_STRIDE)) % 2**64
+        self._key = _mix(np.array([state], np.uint64))[0]
+
+    def uniform(self, ids: Ids) -> NDArray[np.float64]:
+        """Numbers strictly between 0 and 1, one a token."""
+        mixed = _mix(self._key ^ (ids.astype(np.uint64) * _STRIDE))
+        return ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+    def gumbel(self, ids: Ids) -> NDArray[np.float64]:
+        """Numbers of the standard Gumbel distribution."""
+        gumbel: NDArray[np.float64] = -np.log(-np.log(self.uniform(ids)))
+        return gumbel
+
+
+_STRIDE = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014): every bit depends on every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def draw(logits: Logits, ids: Ids | None, temperature: float, noise: Noise) -> int:
+    """The index of a token drawn from `softmax(logits / temperature)`.
+
+    The largest of logit and Gumbel noise is a draw from the softmax (Gumbel 1954). What is
+    unlikely by a factor of e^8 is left aside at first: a coin decides whether the draw is from
+    there.
+
+    Args:
+        logits: One logit a token.
+        ids: The tokens' ids; None if they are 0, 1, 2, ...
+        temperature: More than 0.
+        noise: At the step of this draw.
+    """
+    scaled = (logits - logits.max()) / np.float32(temperature)
+    is_likely = scaled > -_LIKELY_NATS
+    places = np.flatnonzero(is_likely)
+    if len(places) < len(logits):
+        total = float(np.exp(scaled).sum(dtype=np.float64))
+        likely = float(np.exp(scaled[places]).sum(dtype=np.float64))
+        coin = float(noise.uniform(np.array([_COIN]))[0])
+        if coin * total > likely and np.isfinite(scaled[~is_likely]).any():
+            places = np.flatnonzero(~is_likely)
+    chosen = places if ids is None else ids[places]
+    return int(places[(scaled[places] + noise.gumbel(chosen)).argmax()])
+
+
+# Few tokens come this close to the likeliest, and they make up most of the whole.
+_LIKELY_NATS = 8.0
+# No token has this id.
+_COIN = 2**40
 
 
 def log_softmax_at(logits: Logits, ids: Ids) -> NDArray[np.float64]:

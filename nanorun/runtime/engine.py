@@ -8,19 +8,17 @@ the loop; `worker.py` is that caller in the product, tests drive it by hand.
 from __future__ import annotations
 
 import threading
-import time
-from dataclasses import dataclass, field
 from itertools import chain, count
 
-from nanorun.errors import ContextFull, NanorunError, UsageError
-from nanorun.model.chat import EngineStats, Event, Finished, FinishReason, TokenLogprobs
+from nanorun.errors import ContextFull, NanorunError
+from nanorun.model.chat import EngineStats, Event, Finished, FinishReason
 from nanorun.runtime.context import Aborted, Context, Row
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.picking import Pick, TokenPicker
 from nanorun.runtime.prefix_tree import Branch, PrefixTree
-from nanorun.runtime.reasoning import Phase
 from nanorun.runtime.request import Request
-from nanorun.runtime.sampling import Choice, Sampler
+from nanorun.runtime.sampling import Sampler
 from nanorun.runtime.scheduler import last_in_turn, plan_rows, shared_prefix_leader
 from nanorun.runtime.speculative import Guess, build_drafter, check_speculation
 from nanorun.runtime.state_archive import Archive
@@ -35,18 +33,6 @@ _MIN_SAVED_TOKENS = 128
 Output = tuple[str, Event | NanorunError]
 """A request's id and what happened to it; an error or `Finished` is its last."""
 Plan = list[tuple[Stream, Row]]
-
-
-@dataclass(slots=True)
-class Pick:
-    """What one batch brought to a stream."""
-
-    n_kept: int
-    """Tokens of its row that stay; guesses that did not hold are taken back."""
-    outputs: list[Output] = field(default_factory=list)
-    reason: FinishReason | None = None
-    """Why the reply ends here, if it does."""
-    failure: NanorunError | None = None
 
 
 class Engine:
@@ -66,6 +52,7 @@ class Engine:
         check_speculation(model, options)
         self.context = Context(model, options)
         self.drafter = build_drafter(self.context, options)
+        self.picker = TokenPicker(model, self.context, options)
         self.tree = PrefixTree(
             self.drafter.memory,
             options.n_seq_max,
@@ -298,9 +285,9 @@ class Engine:
         pick = Pick(n_kept=len(row.tokens) - row.n_drafts)
         if was_prefill and not stream.n_completion and not stream.request.anchor:
             n_read = stream.n_evaluated + pick.n_kept
-            pick.outputs.append((stream.request.id, stream.progress(n_read)))
+            pick.events.append(stream.progress(n_read))
         if index is not None:
-            self._pick_tokens(stream, row, index, pick)
+            self.picker.pick(stream, row, index, pick)
         self.tree.extend(
             stream.branch, row.tokens[: pick.n_kept], settled=pick.n_kept == len(row.tokens)
         )
@@ -309,91 +296,20 @@ class Engine:
             self.context.roll_back(row.seq_id, stream.n_evaluated, n_back)
         return pick
 
-    def _pick_tokens(self, stream: Stream, row: Row, index: int, pick: Pick) -> None:
-        """Pick the token after the evaluated ones, and on while it is the one that was guessed."""
-        drafts = row.tokens[len(row.tokens) - row.n_drafts :]
-        for i in range(row.n_drafts + 1):
-            self._pick(stream, index + i, pick)
-            if pick.failure or pick.reason or i == len(drafts) or stream.pending != drafts[i]:
-                break
-            pick.n_kept += 1
-        if drafts:
-            n_accepted = pick.n_kept - (len(row.tokens) - row.n_drafts)
-            stream.note_drafts(len(drafts), n_accepted, self.options.n_draft)
-
     def _conclude(self, stream: Stream, pick: Pick) -> list[Output]:
         """What a batch came to for one stream, once its sequence is in order."""
+        outputs: list[Output] = [(stream.request.id, event) for event in pick.events]
         if pick.failure is not None:
-            return [*pick.outputs, self._fail(stream, pick.failure)]
+            return [*outputs, self._fail(stream, pick.failure)]
         if pick.reason is not None:
-            return pick.outputs + self._end(stream, pick.reason)
+            return outputs + self._end(stream, pick.reason)
         if stream.n_evaluated in stream.stops:
             stream.stops.discard(stream.n_evaluated)
             assert stream.branch is not None
             self.tree.checkpoint(stream.branch)
         if stream.request.anchor and not stream.in_prefill:
             return self._finish(stream, "stop")
-        return pick.outputs
-
-    def _pick(self, stream: Stream, index: int, pick: Pick) -> None:
-        """Choose the next token: a forced one, or a sampled one."""
-        assert stream.sampler is not None
-        request = stream.request
-        if not stream.first_token:
-            stream.first_token = time.monotonic()
-        token = request.dial.forced()
-        if token is None:
-            try:
-                allowed = request.constraint.allowed() if request.constraint else None
-            except UsageError as error:
-                pick.failure = error
-                return
-            choice = stream.sampler.sample(self.context, index, allowed)
-            token = choice.token
-            if token in self.model.end_tokens and not request.ignore_eos:
-                if not request.dial.rescue():
-                    pick.reason = "stop"
-                    return
-                token = request.dial.forced()
-                assert token is not None
-                stream.sampler.accept(token)
-            else:
-                pick.outputs += self._logprobs(stream, choice)
-        else:
-            stream.sampler.accept(token)
-        self._take(stream, token, pick)
-
-    def _logprobs(self, stream: Stream, choice: Choice) -> list[Output]:
-        """What was asked for of the token's likelihood."""
-        if choice.logprob is None:
-            return []
-        event = TokenLogprobs(
-            self.model.piece(choice.token),
-            choice.logprob,
-            tuple((self.model.piece(token), p) for token, p in choice.alternatives),
-            stream.request.parser.in_thinking,
-        )
-        return [(stream.request.id, event)]
-
-    def _take(self, stream: Stream, token: int, pick: Pick) -> None:
-        """Append a token to the reply."""
-        request = stream.request
-        piece = self.model.piece(token)
-        events = request.parser.feed(piece, control=token in self.model.control_tokens)
-        request.dial.observe(piece, in_thinking=request.parser.in_thinking)
-        if request.constraint is not None:
-            request.constraint.take(token)
-            if not request.parser.in_thinking and request.dial.phase is Phase.ANSWER:
-                request.constraint.answer_begins()
-        stream.pending = token
-        stream.n_completion += 1
-        pick.outputs += [(request.id, event) for event in events]
-        is_complete = request.constraint is not None and request.constraint.is_over
-        full = len(request.prompt) + stream.n_completion >= self.context.n_ctx
-        if request.parser.stopped_by is not None or is_complete:
-            pick.reason = "stop"
-        elif full or (request.max_tokens and stream.n_completion >= request.max_tokens):
-            pick.reason = "length"
+        return outputs
 
     def _end(self, stream: Stream, reason: FinishReason) -> list[Output]:
         """Flush the parser, then finish; a reply that calls tools says so."""

@@ -22,6 +22,7 @@ from nanorun.runtime.grammar import GrammarCompiler
 from nanorun.runtime.library import engine_log, load_llama
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.sampling import SamplingSettings
+from nanorun.runtime.token_cache import TokenCache
 
 # llama_token_type of llama.h, as tokenizer.ggml.token_type stores it
 _TYPE_CONTROL = 3
@@ -238,6 +239,11 @@ class LoadedModel:
             parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
             return [token for part in parts for token in self._tokenize(part, special=False)]
         return self._tokenize(text, special=special)
+
+    @cached_property
+    def tokenize_again(self) -> TokenCache:
+        """`tokenize` for texts that are likely to come back."""
+        return TokenCache(lambda text, special: self.tokenize(text, special=special), 2**24)
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")

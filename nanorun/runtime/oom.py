@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
+_SIGKILL = 9
 # Linux counts the processes that it ended for want of memory, for the whole machine and for each
 # control group (Documentation/admin-guide/cgroup-v2.rst, memory.events).
 _COUNTERS = (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"))
@@ -30,3 +32,15 @@ def count_oom_kills() -> int:
 def is_about_memory(line: str) -> bool:
     """Whether a line of the engine's log complains of too little memory."""
     return bool(_WORDS.search(line))
+
+
+def died_of_memory(code: int, n_kills_before: int, last_words: Iterable[str]) -> bool:
+    """Whether memory ended a process.
+
+    Args:
+        code: What `wait` gave.
+        n_kills_before: `count_oom_kills` when the process was started.
+        last_words: The end of its log.
+    """
+    killed_by_kernel = code == -_SIGKILL and count_oom_kills() > n_kills_before
+    return killed_by_kernel or (code < 0 and any(map(is_about_memory, last_words)))

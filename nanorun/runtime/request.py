@@ -181,7 +181,7 @@ def tokenize_prompt(
     positions: list[int] = []
     for stretch in rendered.stretches():
         for segment in stretch:
-            tokens += model.tokenize(segment.text, special=segment.special)
+            tokens += model.tokenize_again(segment.text, segment.special)
         positions.append(len(tokens))
     return tokens, tuple(positions[:-1])
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions
-from nanorun.runtime.draw import Ids, Logits, draw, likeliest, log_softmax_at, truncate
+from nanorun.runtime.draw import Ids, Logits, Noise, draw, likeliest, log_softmax_at, truncate
 from nanorun.runtime.library import load_llama
 
 if TYPE_CHECKING:
@@ -147,8 +147,8 @@ class Sampler:
         self._settings = settings
         self._n_vocab = n_vocab
         self._penalties = _Penalties(settings, n_vocab, vocab) if settings.has_penalties else None
-        seed = secrets.randbits(64) if settings.seed is None else settings.seed % 2**64
-        self._random = np.random.Generator(np.random.PCG64(seed))
+        self._noise = Noise(secrets.randbits(64) if settings.seed is None else settings.seed)
+        self._n_drawn = 0
 
     def sample(self, context: Context, index: int, allowed: Ids | None = None) -> Choice:
         """The next token.
@@ -192,10 +192,18 @@ class Sampler:
             i = int(logits.argmax())
         else:
             kept = truncate(logits, top_k=s.top_k, top_p=s.top_p, min_p=s.min_p)
-            u = float(self._random.random())
-            i = draw(logits if kept is None else logits[kept], s.temperature, u)
-            i = i if kept is None else int(kept[i])
+            i = self._draw(logits, kept, allowed)
         return i if allowed is None else int(allowed[i])
+
+    def _draw(self, logits: Logits, kept: Ids | None, allowed: Ids | None) -> int:
+        """Place in `logits` of a token drawn from those that are kept."""
+        self._noise.next_step(self._n_drawn)
+        self._n_drawn += 1
+        temperature = self._settings.temperature
+        if kept is None:
+            return draw(logits, allowed, temperature, self._noise)
+        ids = kept if allowed is None else allowed[kept]
+        return int(kept[draw(logits[kept], ids, temperature, self._noise)])
 
 
 def _with_logprobs(token: int, logits: Logits, n_alternatives: int) -> Choice:

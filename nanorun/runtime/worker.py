@@ -10,11 +10,8 @@ import contextlib
 import logging
 import os
 import queue
-import signal
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -32,6 +29,7 @@ from nanorun.model.chat import (
     ThinkingDelta,
 )
 from nanorun.runtime import wire
+from nanorun.runtime.child_main import run_as_child
 from nanorun.runtime.engine import Engine
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
@@ -45,7 +43,6 @@ from nanorun.runtime.score import score_text
 
 Frame = dict[str, Any]
 
-_EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 # Idle time after which conversations that changed are written to disk.
 _SAVE_AFTER_S = 2.0
 _FLUSH_EVERY_S = 0.004
@@ -292,38 +289,10 @@ def describe(engine: Engine) -> ModelInfo:
     )
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent dies, however it dies."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def main() -> None:
-    """Serve on the standard streams.
-
-    Native code may print to stdout; frames go out on a private copy of it, and what anyone else
-    writes there joins stderr.
-    """
-    _die_with_parent()
-    # Ctrl-C and a service manager's stop reach the whole process group. The parent decides: it may
-    # still want to finish replies, and closes stdin when it is done.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    """Serve on the standard streams."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
-    sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    source = os.fdopen(os.dup(0), "rb")
-    try:
-        Worker(source, sink).run()
-    except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(_EXIT_BUG)  # the reader thread may hold the lock of its stream
-    os._exit(0)
+    run_as_child(lambda source, sink: Worker(source, sink).run())
 
 
 if __name__ == "__main__":

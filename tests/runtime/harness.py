@@ -70,7 +70,7 @@ class Rig:
             self.options, n_parallel=1, n_seq_spare=0, state_dir=None, speculation="off"
         )
         self._fresh = Context(self.engine.model, alone)
-        start, take = self.engine._start, self.engine._take
+        start, take = self.engine._start, self.engine.picker._take
 
         def recording_start(stream: Any, branch: Any) -> None:
             start(stream, branch)
@@ -85,7 +85,7 @@ class Rig:
             take(stream, token, pick)
 
         self.engine._start = recording_start  # type: ignore[method-assign]
-        self.engine._take = recording_take  # type: ignore[method-assign]
+        self.engine.picker._take = recording_take  # type: ignore[method-assign]
 
     def close(self) -> None:
         self._fresh.close()

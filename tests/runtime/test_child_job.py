@@ -90,7 +90,7 @@ def test_bug_ends_with_the_end_of_its_traceback() -> None:
 
 
 def test_killed_child_is_reported() -> None:
-    with pytest.raises(EngineDied, match="was ended by SIGKILL, perhaps because memory ran out"):
+    with pytest.raises(EngineDied, match=r"was ended by SIGKILL$"):
         run_job(be_killed, {})
 
 

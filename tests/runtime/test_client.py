@@ -35,6 +35,7 @@ from nanorun.model.chat import (
     TokenLogprobs,
 )
 from nanorun.runtime import child as child_module
+from nanorun.runtime import oom
 from nanorun.runtime.client import EngineClient, EngineGeneration
 from nanorun.runtime.options import EngineOptions
 
@@ -285,7 +286,8 @@ async def test_context_that_cannot_be_had_at_all_is_an_error(pico_gguf: Path) ->
 def kernel_blames_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every child that is killed looks like a victim of the kernel's OOM killer."""
     kills = iter(range(1000))
-    monkeypatch.setattr(child_module, "count_oom_kills", lambda: next(kills))
+    for module in (child_module, oom):
+        monkeypatch.setattr(module, "count_oom_kills", lambda: next(kills))
 
 
 @pytest.mark.usefixtures("kernel_blames_memory")

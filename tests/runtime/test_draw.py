@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorun.runtime.draw import draw, likeliest, log_softmax_at, truncate
+from nanorun.runtime.draw import Noise, draw, likeliest, log_softmax_at, truncate
 from nanorun.runtime.library import load_llama
 
 
@@ -69,26 +69,67 @@ def test_no_filter_keeps_all() -> None:
     assert truncate(random_logits(1, 100), top_k=0, top_p=1.0, min_p=0.0) is None
 
 
+def at_step(step: int, seed: int = 1) -> Noise:
+    noise = Noise(seed)
+    noise.next_step(step)
+    return noise
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
-def test_draws_follow_the_distribution(temperature: float) -> None:
-    logits = random_logits(5, 1000, spread=1.0)
-    expected = np.exp(logits.astype(np.float64) / temperature)
-    expected /= expected.sum()
-    us = (np.arange(20_000) + 0.5) / 20_000  # a fine comb instead of chance
-    counts = np.bincount([draw(logits, temperature, float(u)) for u in us], minlength=1000)
-    assert np.abs(counts / 20_000 - expected).max() < 2e-4
+@pytest.mark.parametrize("spread", [1.0, 8.0])
+def test_draws_follow_the_distribution(temperature: float, spread: float) -> None:
+    n, n_draws = 300, 40_000
+    logits = random_logits(5, n, spread)
+    expected = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    expected *= n_draws / expected.sum()
+    drawn = [draw(logits, None, temperature, at_step(step)) for step in range(n_draws)]
+    counts = np.bincount(drawn, minlength=n)
+    # Pearson's test over what is expected at least five times; the rest goes into one bin.
+    often = expected >= 5
+    observed = np.append(counts[often], counts[~often].sum())
+    wanted = np.append(expected[often], expected[~often].sum() + 1e-9)
+    chi_square = ((observed - wanted) ** 2 / np.maximum(wanted, 1)).sum()
+    n_free = often.sum()
+    assert chi_square < n_free + 5 * np.sqrt(2 * n_free)
+
+
+def test_what_is_very_unlikely_is_drawn_as_often_as_it_should_be() -> None:
+    logits = np.full(500, -8.5, np.float32)  # together a tenth as likely as the first
+    logits[7] = 0.0
+    wanted = 499 * np.exp(-8.5)
+    n_rare = sum(draw(logits, None, 1.0, at_step(step)) != 7 for step in range(5000))
+    assert abs(n_rare - 5000 * wanted / (1 + wanted)) < 5 * np.sqrt(5000 * wanted)
+
+
+def test_draws_hardly_depend_on_the_last_digits() -> None:
+    logits = random_logits(9, 1000, spread=1.0)
+    wobble = 1e-3 * random_logits(10, 1000, spread=1.0)
+    pairs = [
+        (draw(logits, None, 1.5, at_step(i)), draw(logits + wobble, None, 1.5, at_step(i)))
+        for i in range(3000)
+    ]
+    assert sum(a != b for a, b in pairs) < 20
+
+
+def test_draws_do_not_depend_on_what_else_is_considered() -> None:
+    logits = random_logits(9, 1000, spread=1.0)
+    some = np.arange(0, 1000, 3)
+    for step in range(300):
+        whole = draw(logits, None, 1.0, at_step(step))
+        if whole % 3 == 0:
+            assert some[draw(logits[some], some, 1.0, at_step(step))] == whole
 
 
 @given(
     seed=st.integers(0, 2**32),
     n=st.integers(1, 700),
-    u=st.floats(0, 1, exclude_max=True),
+    step=st.integers(0, 2**40),
     spread=st.sampled_from([0.0, 1.0, 30.0]),
 )
-def test_draw_never_takes_what_is_impossible(seed: int, n: int, u: float, spread: float) -> None:
+def test_draw_never_takes_what_is_impossible(seed: int, n: int, step: int, spread: float) -> None:
     logits = random_logits(seed, n, spread)
     logits[1::2] = -np.inf
-    i = draw(logits, 1.0, u)
+    i = draw(logits, None, 1.0, at_step(step, seed))
     assert 0 <= i < n and np.isfinite(logits[i])
 
 
