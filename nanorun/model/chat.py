@@ -91,9 +91,10 @@ class GenerateOptions:
     """Go on past the end of the turn, for benchmarks."""
     keep_thinking: bool = False
     """Leave the thinking of earlier turns in the prompt: append-only, and longer."""
-    echo_thinking: bool = True
-    """Whether the next turn will carry this reply's thinking back. Templates render a turn
-    differently with and without it, so the engine reads ahead what it expects."""
+    echo_thinking: bool | None = True
+    """Whether the next turn will carry this reply's thinking back; None if that is not known yet.
+    Templates render a turn differently with and without it, so the engine reads ahead what it
+    expects, or both."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,10 +131,9 @@ def prepare_anchor(
 
     The template drops a turn's thinking once another user message follows, so the sequence that
     produced the reply does not fit the next prompt. Reading that prompt's known part ahead makes
-    the next question cost its own tokens only.
+    the next question cost its own tokens only. The template may render the reply differently with
+    its thinking, so it is to be given as the next turn will have it.
     """
-    if not options.echo_thinking:
-        reply = replace(reply, thinking=None)
     thinking = parse_think(options.think) != 0
     following = [*messages, reply, Message("user", "?")]
     rendered = _render(model, following, options, thinking)

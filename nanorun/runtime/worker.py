@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,6 +63,14 @@ class Turn:
             self.thinking += event.text
         elif isinstance(event, TextDelta):
             self.answer += event.text
+
+    def next_replies(self) -> list[Message]:
+        """The reply in the forms in which the next turn may carry it, the likelier last."""
+        plain = Message("assistant", self.answer.strip())
+        if not self.thinking or self.options.echo_thinking is False:
+            return [plain]
+        full = replace(plain, thinking=self.thinking)
+        return [full] if self.options.echo_thinking else [plain, full]
 
 
 class Worker:
@@ -150,11 +158,13 @@ class Worker:
         """Queue the known part of the next turn, to be read while nothing else runs."""
         if not engine.options.read_ahead or engine.busy:
             return
-        reply = Message("assistant", turn.answer.strip(), thinking=turn.thinking or None)
-        with contextlib.suppress(NanorunError):  # nobody asked for it, so nobody is told
-            anchor = prepare_anchor(request_id, engine.model, turn.messages, reply, turn.options)
-            if anchor is not None:
-                engine.submit(anchor)
+        for reply in turn.next_replies():
+            with contextlib.suppress(NanorunError):  # nobody asked for it, so nobody is told
+                anchor = prepare_anchor(
+                    request_id, engine.model, turn.messages, reply, turn.options
+                )
+                if anchor is not None:
+                    engine.submit(anchor)
 
     def _listen(self) -> None:
         """Reader thread: signs of life and cancellations do not wait for the end of a batch."""

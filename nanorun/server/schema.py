@@ -164,7 +164,7 @@ class ChatRequest(BaseModel):
             priority="background" if self.service_tier == "flex" else "interactive",
             ignore_eos=bool(self.ignore_eos),
             keep_thinking=self._keeps_thinking,
-            echo_thinking=any(message.has_thinking for message in self.messages),
+            echo_thinking=self._echoes_thinking,
             stop=tuple(self.stop or ()),
             tools=tuple(tool.to_tool() for tool in self._offered()),
             tool_choice="required" if must_call else "auto",
@@ -184,6 +184,12 @@ class ChatRequest(BaseModel):
             if schema is not None:
                 return Grammar("json_schema", schema)
         return self.structured_outputs.to_grammar() if self.structured_outputs else None
+
+    @property
+    def _echoes_thinking(self) -> bool | None:
+        """Whether this client gives thinking back; None before it had a chance to."""
+        replies = [message for message in self.messages if message.role == "assistant"]
+        return any(reply.has_thinking for reply in replies) if replies else None
 
     @property
     def _keeps_thinking(self) -> bool:

@@ -163,6 +163,21 @@ async def test_second_turn_reads_only_what_is_new(client: EngineClient) -> None:
     assert progress.n_total - progress.n_cached <= n_new
 
 
+@pytest.mark.parametrize("gives_back", [True, False])
+async def test_second_turn_reads_only_what_is_new_whether_thinking_comes_back_or_not(
+    client: EngineClient, gives_back: bool
+) -> None:
+    unknown = GenerateOptions(echo_thinking=None)
+    thinking, answer, _ = await collect(client.generate(SUM, unknown))
+    reply = Message("assistant", answer, thinking=thinking if gives_back else None)
+    await asyncio.sleep(0.5)
+    turns = [*SUM, reply, Message("user", "12 + 30")]
+    _, _, finished = await collect(client.generate(turns, unknown))
+    new_text = "<|im_start|>user\n12 + 30<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    n_new = len(await client.tokenize(new_text, special=True))
+    assert finished.usage.prompt_tokens - finished.usage.cached_tokens <= n_new
+
+
 async def test_stop_string_ends_the_answer(client: EngineClient) -> None:
     _, answer, finished = await collect(
         client.generate([Message("user", "Hello")], GenerateOptions(think="off", stop=("Give",)))
