@@ -76,7 +76,7 @@ def command(
         typer.Option(
             "--keep-alive",
             metavar="TIME",
-            help="Unload the model after that much idle time (5m, 1h); the next request loads it.",
+            help="Unload the model after that idle time (5m, 1h); a request loads it again.",
             rich_help_panel=opt.ENGINE,
         ),
     ] = "forever",

@@ -152,7 +152,8 @@ def read_profile(path: Path) -> Hardware:
             disk_bandwidth=data.get("disk_bandwidth", 0.0),
         )
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be read: {reason}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path} is no hardware profile: {error}", tries=["nanorun doctor --json"]

@@ -343,7 +343,9 @@ class Engine:
             self.tree.release(stream.branch, keep=keep)
 
     def _note_unsaved(self, stream: Stream, branch: Branch) -> None:
-        """Remember a sequence that a later turn may begin with."""
+        """Remember a sequence that a later turn may begin with; forget those that were evicted."""
+        held = set(self.tree.branches)
+        self._unsaved = {name: other for name, other in self._unsaved.items() if other in held}
         if branch.n_tokens >= _MIN_SAVED_TOKENS:
             self._unsaved[stream.request.id] = branch
 

@@ -102,3 +102,11 @@ def test_nothing_is_left_when_all_is_done(pico_f32_gguf: Path) -> None:
     tree.evict_idle()
     assert (tree.branches, tree.n_cells_used) == ([], 0)
     rig.close()
+
+
+def test_what_waits_to_be_saved_does_not_pile_up(pico_f32_gguf: Path, tmp_path: Path) -> None:
+    rig = Rig(pico_f32_gguf, replace(SMALL, state_dir=str(tmp_path)))
+    for salt in range(40):  # never idle, so nothing is saved
+        rig.ask(prompt(150, salt), n_tokens=1)
+    assert len(rig.engine._unsaved) <= SMALL.n_seq_max
+    rig.close()
