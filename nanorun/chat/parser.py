@@ -89,6 +89,12 @@ class ReplyParser:
         """Whether the model is thinking."""
         return self._mode == "thinking"
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether there was any answer: text, a tool call, or what may become one."""
+        in_call = self._reader is not None
+        return self._has_answered or bool(self.n_tool_calls) or in_call or bool(self._pending)
+
     def feed(self, piece: bytes, *, control: bool = False) -> list[Event]:
         """Read the next bytes of the reply.
 

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from nanorun.errors import NanorunError, UsageError
 from nanorun.model.chat import Event, FinishReason, TokenLogprobs
 from nanorun.runtime.context import Context, Row
+from nanorun.runtime.draw import Ids
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.reasoning import Phase
 from nanorun.runtime.sampling import Choice
 from nanorun.runtime.stream import Stream
+
+# A model that insists on its end has its way.
+_MOST_ENDS_REFUSED = 8
 
 
 @dataclass(slots=True)
@@ -80,6 +87,9 @@ class TokenPicker:
             pick.failure = error
             return None
         choice = stream.sampler.sample(self._context, index, allowed)
+        if choice.token in self._model.end_tokens and self._owes_an_answer(stream):
+            stream.n_ends_refused += 1
+            choice = stream.sampler.sample(self._context, index, self._no_ends)
         if choice.token not in self._model.end_tokens or request.ignore_eos:
             pick.events += self._logprobs(stream, choice)
             return choice.token
@@ -90,6 +100,23 @@ class TokenPicker:
         assert token is not None
         stream.sampler.accept(token)
         return token
+
+    def _owes_an_answer(self, stream: Stream) -> bool:
+        """Whether a reply has thought and then said nothing; nobody wants that for an answer."""
+        request = stream.request
+        return (
+            request.thinks
+            and request.constraint is None
+            and not request.ignore_eos
+            and request.dial.phase is Phase.ANSWER
+            and not request.parser.has_answered
+            and stream.n_ends_refused < _MOST_ENDS_REFUSED
+        )
+
+    @cached_property
+    def _no_ends(self) -> Ids:
+        """All tokens but those that end a reply."""
+        return np.setdiff1d(np.arange(self._model.n_vocab), list(self._model.end_tokens))
 
     def _logprobs(self, stream: Stream, choice: Choice) -> list[Event]:
         """What was asked for of the token's likelihood."""

@@ -30,6 +30,8 @@ class Request:
     parser: ReplyParser
     max_tokens: int | None
     ignore_eos: bool
+    thinks: bool = False
+    """Whether the reply begins with thinking."""
     constraint: Constraint | None = None
     """What the answer must look like."""
     background: bool = False
@@ -115,6 +117,7 @@ def prepare_request(
         parser=ReplyParser(starts_in_thinking=thinking, tools=options.tools, stop=options.stop),
         max_tokens=options.max_tokens,
         ignore_eos=options.ignore_eos,
+        thinks=thinking,
         constraint=constraint,
         background=options.priority == "background",
     )

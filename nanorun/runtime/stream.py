@@ -35,6 +35,8 @@ class Stream:
     """Tokens to guess next time."""
     n_drafted: int = 0
     n_accepted: int = 0
+    n_ends_refused: int = 0
+    """Times that an end was not accepted, because the reply had thought and not answered."""
     n_completion: int = 0
     cancelled: bool = False
     started: float = 0.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class TokenCache:
@@ -11,23 +12,23 @@ class TokenCache:
 
     Args:
         tokenize: Does the work.
-        max_chars: Text that is remembered; a token takes some ten bytes in memory.
+        max_chars: Text that is remembered; each character takes at most some five bytes.
     """
 
     def __init__(self, tokenize: Callable[[str, bool], list[int]], max_chars: int) -> None:
         self._tokenize = tokenize
         self._max_chars = max_chars
         self._n_chars = 0
-        self._known: OrderedDict[tuple[str, bool], list[int]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, bool], array[int]] = OrderedDict()
 
-    def __call__(self, text: str, special: bool) -> list[int]:
-        """Token ids of a text; not to be changed by the caller."""
+    def __call__(self, text: str, special: bool) -> Sequence[int]:
+        """Token ids of a text."""
         key = (text, special)
         tokens = self._known.get(key)
         if tokens is not None:
             self._known.move_to_end(key)
             return tokens
-        tokens = self._tokenize(text, special)
+        tokens = array("i", self._tokenize(text, special))
         if len(text) <= self._max_chars:
             self._known[key] = tokens
             self._n_chars += len(text)

@@ -15,8 +15,8 @@ class Tokenizer:
 def test_text_is_tokenized_once_for_each_way_of_reading_it() -> None:
     tokenizer = Tokenizer()
     cache = TokenCache(tokenizer, 100)
-    assert cache("ab", False) == cache("ab", False) == [97, 98]
-    assert cache("ab", True) == [1097, 1098]
+    assert list(cache("ab", False)) == list(cache("ab", False)) == [97, 98]
+    assert list(cache("ab", True)) == [1097, 1098]
     assert tokenizer.asked == [("ab", False), ("ab", True)]
 
 
@@ -33,5 +33,5 @@ def test_text_larger_than_the_cache_is_not_kept() -> None:
     cache = TokenCache(tokenizer, 4)
     cache("ab", False)
     cache("too long", False)
-    assert cache("ab", False) == [97, 98]
+    assert list(cache("ab", False)) == [97, 98]
     assert len(tokenizer.asked) == 2
