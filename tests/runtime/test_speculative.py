@@ -89,6 +89,23 @@ def test_head_says_what_plain_decoding_says(
     guessing.close()
 
 
+def test_rolling_one_stream_back_leaves_another_one_alone(
+    mtp_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A history that random testing found; llama.cpp's memory is to blame."""
+    monkeypatch.setattr("nanorun.runtime.mtp._MIN_PROBABILITY", 0.0)
+    rig = Rig(mtp_gguf, replace(SMALL, n_ctx=256, speculation="mtp"))
+    said, _ = rig.ask([609, 66, 344], n_tokens=11)
+    other = rig.submit([32], n_tokens=3)
+    rig.step()
+    following = [*[609, 66, 344, *said][:14], 321, 192, 242, 375, 199, 111, 461]
+    again = rig.submit(following, n_tokens=2)
+    rig.run()
+    rig.check(other)
+    rig.check(again)
+    rig.close()
+
+
 def test_head_that_is_not_there_is_refused(pico_f32_gguf: Path) -> None:
     with pytest.raises(UsageError, match="has no MTP head"):
         Rig(pico_f32_gguf, replace(SMALL, speculation="mtp"))
