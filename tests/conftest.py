@@ -81,14 +81,18 @@ def dense_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def mtp_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random MoE hybrid with an MTP head, as Lightning's, in F32."""
+    """A random MoE hybrid with an MTP head, as Lightning's, in F32.
+
+    All its experts are used, so that rounding cannot choose between them.
+    """
     from nanorun_converters.convert import ConvertOptions, convert
     from tests.source_models import write_source_model
 
     folder = tmp_path_factory.mktemp("mtp")
     source = write_source_model(
-        folder / "source", pattern="ME*EM*E", dtype="F32", vocab_size=1024, mtp=True
-    )
+        folder / "source", pattern="ME*EM*E", dtype="F32", vocab_size=1024, mtp=True,
+        n_routed_experts=4, num_experts_per_tok=4,
+    )  # fmt: skip
     path = folder / "mtp.gguf"
     convert(source, ConvertOptions(out=path, recipe="f32"))
     return path

@@ -257,13 +257,6 @@ class Engine:
         return plan, []
 
     def _evaluate(self, plan: Plan) -> list[Output]:
-        if not self.options.n_rs_seq:
-            return self._evaluate_batch(plan)
-        # Where one sequence of a batch was rolled back, another one's state comes out wrong
-        # (docs/engine-hazards.md), so with guesses every sequence has a batch of its own.
-        return [output for item in plan for output in self._evaluate_batch([item])]
-
-    def _evaluate_batch(self, plan: Plan) -> list[Output]:
         batch = [stream for stream, _ in plan]
         with self._batch_lock:
             self._in_batch = batch

@@ -351,6 +351,7 @@ def test_time_grows_with_length_alone(unit: str, options: dict[str, object]) -> 
         return time.process_time() - started
 
     seconds(2_000)
-    small, large = seconds(20_000), seconds(160_000)
+    # The best of a few: other programs take the cache away now and then.
+    small, large = (min(seconds(n) for _ in range(3)) for n in (20_000, 160_000))
     # Quadratic time would be 64 times as long; the constant is for the clock's grain.
     assert large < 24 * small + 0.2

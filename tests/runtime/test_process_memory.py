@@ -105,10 +105,11 @@ def test_proportional_bytes_are_what_the_kernel_says(tmp_path: Path) -> None:
 
 
 def test_peak_is_kept_after_memory_is_given_back() -> None:
-    before = resident_bytes()
     with peak_resident() as peak:
         touched = np.ones(64 * MIB, np.uint8)
-        while peak[0] < before + 60 * MIB:
+        # Other memory of this process may come and go; what counts is what there was then.
+        most = resident_bytes() - 4 * MIB
+        while peak[0] < most:
             time.sleep(0.01)
         del touched
-    assert peak[0] >= before + 60 * MIB
+    assert peak[0] >= most

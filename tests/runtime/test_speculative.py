@@ -92,7 +92,6 @@ def test_head_says_what_plain_decoding_says(
 def test_rolling_one_stream_back_leaves_another_one_alone(
     mtp_gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A history that random testing found; llama.cpp's memory is to blame."""
     monkeypatch.setattr("nanorun.runtime.mtp._MIN_PROBABILITY", 0.0)
     rig = Rig(mtp_gguf, replace(SMALL, n_ctx=256, speculation="mtp"))
     said, _ = rig.ask([609, 66, 344], n_tokens=11)
