@@ -19,7 +19,12 @@ from nanorun.runtime.picking import Pick, TokenPicker
 from nanorun.runtime.prefix_tree import Branch, PrefixTree
 from nanorun.runtime.request import Request
 from nanorun.runtime.sampling import Sampler
-from nanorun.runtime.scheduler import last_in_turn, plan_rows, shared_prefix_leader
+from nanorun.runtime.scheduler import (
+    last_in_turn,
+    plan_rows,
+    separate_guesses,
+    shared_prefix_leader,
+)
 from nanorun.runtime.speculative import Guess, build_drafter, check_speculation
 from nanorun.runtime.state_archive import Archive
 from nanorun.runtime.state_store import open_store
@@ -257,6 +262,10 @@ class Engine:
         return plan, []
 
     def _evaluate(self, plan: Plan) -> list[Output]:
+        parts = separate_guesses(plan, self.options.n_ubatch)
+        return [output for part in parts for output in self._evaluate_part(part)]
+
+    def _evaluate_part(self, plan: Plan) -> list[Output]:
         batch = [stream for stream, _ in plan]
         with self._batch_lock:
             self._in_batch = batch

@@ -82,6 +82,24 @@ def _prefill_row(stream: Schedulable, branch: Branch, n_most: int) -> Row:
     return Row(branch.seq_id, start, prompt[start:end], wants_logits)
 
 
+def separate_guesses(plan: Sequence[tuple[S, Row]], n_ubatch: int) -> list[list[tuple[S, Row]]]:
+    """Cut a batch into parts that are evaluated one after the other; most often there is one.
+
+    What a wrong guess is rolled back to lies beside the cell of its sequence, and stays there when
+    another ubatch moves that cell (docs/engine-hazards.md). So rows with guesses are alone with
+    rows of the same length, which llama.cpp puts into the same ubatch, and rolled back before the
+    next part.
+    """
+    by_length: dict[int, list[tuple[S, Row]]] = {}
+    for stream, row in plan:
+        by_length.setdefault(len(row.tokens) if row.n_drafts else 0, []).append((stream, row))
+    parts = []
+    for length, rows in sorted(by_length.items()):
+        n_rows = n_ubatch // length if length else len(rows)
+        parts += [rows[i : i + n_rows] for i in range(0, len(rows), n_rows)]
+    return parts
+
+
 def last_in_turn(running: Sequence[S], than: S | None = None) -> S | None:
     """The running stream to suspend when there is not room for all.
 

@@ -8,6 +8,7 @@ from nanorun.runtime.scheduler import (
     MAX_PREFILL_BESIDE_DECODE,
     last_in_turn,
     plan_rows,
+    separate_guesses,
     shared_prefix_leader,
 )
 
@@ -75,6 +76,22 @@ def test_prompts_that_somebody_waits_for_are_read_first() -> None:
     streams = [FakeStream(400, 0, 1, background=True), FakeStream(100, 0, 2, order=1)]
     plan = plan_rows(streams, n_batch=256, n_ubatch=256)
     assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(2, 100), (1, 156)]
+
+
+def test_guesses_are_checked_with_those_of_their_length_alone() -> None:
+    streams = [answering(i) for i in range(5)]
+    for stream, n in zip(streams, (2, 0, 1, 2, 2), strict=True):
+        stream.drafts = [9] * n
+    plan = plan_rows([*streams, FakeStream(100, 0, seq_id=5)], n_batch=64, n_ubatch=64)
+    parts = separate_guesses(plan, n_ubatch=64)
+    assert [[row.seq_id for _, row in part] for part in parts] == [[1, 5], [2], [0, 3, 4]]
+    in_ubatches = separate_guesses(plan, n_ubatch=8)
+    assert [[row.seq_id for _, row in part] for part in in_ubatches] == [[1, 5], [2], [0, 3], [4]]
+
+
+def test_a_batch_without_guesses_is_not_cut() -> None:
+    plan = plan_rows([answering(0), answering(1), FakeStream(100, 0, 2)], n_batch=64, n_ubatch=64)
+    assert separate_guesses(plan, n_ubatch=8) == [plan]
 
 
 def test_the_newest_background_stream_gives_way_first() -> None:

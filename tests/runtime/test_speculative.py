@@ -105,6 +105,21 @@ def test_rolling_one_stream_back_leaves_another_one_alone(
     rig.close()
 
 
+def test_guesses_can_be_rolled_back_beside_streams_that_come_and_go(pico_f32_gguf: Path) -> None:
+    """A sequence's cell moves when its neighbours change; found by random testing."""
+    rig = Rig(pico_f32_gguf, replace(SMALL, n_ctx=256, speculation="lookup"))
+    repeats = [35, 32, 33, 36, 32, 36, 34, 33, 36, 35, 36, 32, 36, 33, 32, 35]
+    for prompt, n_tokens, background in (
+        ([32], 13, False), ([32], 7, True), (repeats, 8, True), ([32, 32], 1, True),
+        ([32], 2, True), ([32], 1, True), ([32], 6, False), ([32], 8, False),
+    ):  # fmt: skip
+        rig.submit(prompt, n_tokens=n_tokens, background=background)
+    rig.run()
+    for request_id in rig.tokens:
+        rig.check(request_id)
+    rig.close()
+
+
 def test_head_that_is_not_there_is_refused(pico_f32_gguf: Path) -> None:
     with pytest.raises(UsageError, match="has no MTP head"):
         Rig(pico_f32_gguf, replace(SMALL, speculation="mtp"))
