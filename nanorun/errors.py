@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from signal import Signals
 
 
 class ExitCode(IntEnum):
@@ -92,3 +93,14 @@ class ContextFull(EngineError):
 
 class LibraryError(NanorunError, ImportError):
     """An optional dependency or a native library is missing or does not fit."""
+
+
+def process_ending(code: int) -> str:
+    """How a process ended, in the words of `EngineDied`, from the code that `wait` gave."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was ended by {name}"

@@ -11,9 +11,11 @@ dialect: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nanorun.chat.tool_values import ToolSpec
 from nanorun.model.chat import Grammar
 
 _CLOSE = "\n</parameter>\n"
@@ -77,16 +79,14 @@ def call_rules(
 
 
 def _function_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
-    parameters = function.get("parameters") or {}
-    properties: Mapping[str, Any] = parameters.get("properties") or {}
-    required = set(parameters.get("required") or ())
-    shared = {key: parameters[key] for key in ("$defs", "definitions") if key in parameters}
+    spec = ToolSpec(function["name"], function.get("parameters") or {})
+    shared = {key: spec.schema[key] for key in ("$defs", "definitions") if key in spec.schema}
     parts, rules = [], []
-    for i, (name, schema) in enumerate(properties.items()):
+    for i, (name, schema) in enumerate(spec.parameters.items()):
         argument = f"{rule}_{i}"
-        parts.append(argument if name in required else f"{argument}?")
+        parts.append(argument if name in spec.required else f"{argument}?")
         rules += _argument_rules(argument, name, schema, shared)
-    head = _literal(f"<function={function['name']}>\n")
+    head = _literal(f"<function={spec.name}>\n")
     return [f"{rule}: {' '.join([head, *parts])}", *rules]
 
 
@@ -125,8 +125,8 @@ def _takes_strings(schema: Any) -> bool:
     kinds = schema.get("type")
     if kinds is not None:
         return "string" in (kinds if isinstance(kinds, list) else [kinds])
-    options = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
-    if options:
+    options = schema.get("anyOf") or schema.get("oneOf")
+    if isinstance(options, list):
         return any(_takes_strings(option) for option in options)
     return not ({"$ref", "enum", "const", "allOf", "properties", "items"} & set(schema))
 
@@ -137,4 +137,5 @@ def _literal(text: str) -> str:
 
 
 def _escape_slashes(pattern: str) -> str:
-    return pattern.replace("\\/", "/").replace("/", "\\/")
+    """The pattern between slashes; what is escaped already stays."""
+    return re.sub(r"(\\.)|/", lambda match: match[1] or "\\/", pattern, flags=re.DOTALL)

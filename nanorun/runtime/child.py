@@ -12,14 +12,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nanorun.errors import EngineDied, EngineError, EngineOutOfMemory, NanorunError
+from nanorun.errors import (
+    EngineDied,
+    EngineError,
+    EngineOutOfMemory,
+    NanorunError,
+    process_ending,
+)
 from nanorun.model.chat import ModelInfo
 from nanorun.runtime import wire
-from nanorun.runtime.child_main import process_ending
 from nanorun.runtime.oom import count_oom_kills, died_of_memory
 from nanorun.runtime.options import EngineOptions
 
 _N_STDERR_LINES = 40
+_MOST_LINE_BYTES = 2000
 # A long conversation's state is written at the end; that takes seconds on a slow disk.
 _CLOSE_TIMEOUT_S = 15.0
 # The child's reader thread answers even while a batch is evaluated or a model loaded.
@@ -40,7 +46,9 @@ class Child:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._hung: str | None = None
-        self._last_heard = 0.0
+        self._n_heard = 0
+        self._n_steps = -1
+        self._stuck_s = 0.0
         self._oom_kills = 0
         self.death: EngineDied | None = None
         """How it ended, once it has."""
@@ -76,6 +84,8 @@ class Child:
             # ggml would start a debugger to print a backtrace of an abort.
             env={**os.environ, "GGML_NO_BACKTRACE": "1"},
         )  # fmt: skip
+        if self._stopping:  # told so meanwhile
+            self._process.kill()
         self._tasks = [
             asyncio.create_task(self._read_frames()),
             asyncio.create_task(self._read_stderr()),
@@ -90,14 +100,16 @@ class Child:
         self.info = ModelInfo(**answer["info"])
 
     async def stop(self) -> None:
-        """Ask it to close, then make it."""
+        """Ask it to close, then make it; one that has not opened its model has nothing to keep."""
         self._stopping = True
         process = self._process
         if process is not None and process.returncode is None:
-            with contextlib.suppress(EngineDied):
-                await self.send({"id": "close", "verb": "close"})
+            timeout_s = _CLOSE_TIMEOUT_S if self.info is not None else 0.0
             try:
-                await asyncio.wait_for(process.wait(), _CLOSE_TIMEOUT_S)
+                async with asyncio.timeout(timeout_s):
+                    with contextlib.suppress(EngineDied):
+                        await self.send({"id": "close", "verb": "close"})
+                    await process.wait()
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
@@ -136,39 +148,48 @@ class Child:
 
     async def _read_frames(self) -> None:
         assert self._process is not None and self._process.stdout is not None
-        stream, now = self._process.stdout, asyncio.get_running_loop().time
-        self._last_heard = now()
+        stream = self._process.stdout
         try:
             while True:
                 header = await stream.readexactly(wire.HEADER_BYTES)
                 frame = wire.unpack(await stream.readexactly(wire.frame_bytes(header)))
-                self._last_heard = now()
+                self._n_heard += 1
                 if frame["kind"] == "pong":
-                    self._check_progress(frame["step_s"])
+                    self._check_progress(frame["n_steps"])
                 inbox = self._inboxes.get(frame["id"])
                 if inbox is not None:
                     is_error = frame["kind"] == "error"
                     inbox.put_nowait(wire.error_from_json(frame) if is_error else frame)
-        except (asyncio.IncompleteReadError, ConnectionError, EngineError):
+        except (asyncio.IncompleteReadError, ConnectionError):
             pass
+        except (EngineError, ValueError):
+            self._kill("wrote what is not a frame")
         await self._mourn()
 
     async def _watch(self) -> None:
-        """Ask for a sign of life now and then; a process that gives none is ended."""
-        assert self._process is not None
-        now = asyncio.get_running_loop().time
-        self._last_heard = now()
-        while self.death is None:
-            await asyncio.wait({self._tasks[0]}, timeout=HEARTBEAT_S)
-            if self.death is None and now() - self._last_heard > SILENCE_LIMIT_S:
-                self._kill(f"gave no sign of life for {SILENCE_LIMIT_S:.0f} s")
-            elif self.death is None:
-                with contextlib.suppress(EngineDied):
-                    await asyncio.wait_for(self.send({"id": "ping", "verb": "ping"}), HEARTBEAT_S)
+        """Ask for a sign of life now and then; a process that gives none is ended.
 
-    def _check_progress(self, step_s: float) -> None:
-        if step_s > STUCK_LIMIT_S:
-            self._kill(f"evaluated one batch for {step_s:.0f} s")
+        What counts is heartbeats without an answer, not time: a laptop that slept, or a terminal
+        that was suspended together with its processes, was silent without fault.
+        """
+        assert self._process is not None and self._process.stdin is not None
+        ping = wire.pack({"id": "ping", "verb": "ping"})
+        silence_s = 0.0
+        while self.death is None:
+            n_heard = self._n_heard
+            self._process.stdin.write(ping)  # it may not take it, so this does not wait for it
+            await asyncio.wait({self._tasks[0]}, timeout=HEARTBEAT_S)
+            silence_s = 0.0 if self._n_heard > n_heard else silence_s + HEARTBEAT_S
+            if self.death is None and silence_s >= SILENCE_LIMIT_S:
+                self._kill(f"gave no sign of life for {silence_s:.0f} s")
+
+    def _check_progress(self, n_steps: int | None) -> None:
+        """End a process that has been in the same round of work for too long, if it is in one."""
+        is_stuck = n_steps is not None and n_steps == self._n_steps
+        self._n_steps = -1 if n_steps is None else n_steps
+        self._stuck_s = self._stuck_s + HEARTBEAT_S if is_stuck else 0.0
+        if self._stuck_s >= STUCK_LIMIT_S:
+            self._kill(f"evaluated one batch for {self._stuck_s:.0f} s")
 
     def _kill(self, why: str) -> None:
         assert self._process is not None
@@ -200,6 +221,15 @@ class Child:
         return EngineDied(f"the engine's process {process_ending(code)}", facts=last_words)
 
     async def _read_stderr(self) -> None:
+        """Keep the last lines; a line of any length must not stop this, or the child waits."""
         assert self._process is not None and self._process.stderr is not None
-        async for line in self._process.stderr:
-            self._stderr.append(line.decode("utf-8", "replace").rstrip())
+        rest = b""
+        while chunk := await self._process.stderr.read(2**16):
+            *lines, rest = (rest + chunk).split(b"\n")
+            rest = rest[:_MOST_LINE_BYTES]
+            self._note(lines)
+        self._note([rest] if rest else [])
+
+    def _note(self, lines: list[bytes]) -> None:
+        for line in lines:
+            self._stderr.append(line[:_MOST_LINE_BYTES].decode("utf-8", "replace").rstrip())

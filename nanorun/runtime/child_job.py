@@ -20,9 +20,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
-from nanorun.errors import EngineDied, EngineOutOfMemory, NanorunError
+from nanorun.errors import EngineDied, EngineOutOfMemory, NanorunError, process_ending
 from nanorun.runtime import wire
-from nanorun.runtime.child_main import process_ending, run_as_child
+from nanorun.runtime.child_main import run_as_child
 from nanorun.runtime.oom import count_oom_kills, died_of_memory
 
 Progress = Callable[..., None]
@@ -83,7 +83,7 @@ def run_job(
 
 def _answer(stream: Any, progress: Progress | None) -> dict[str, Any] | None:
     """The result or the error; None if the child ends without either."""
-    while (frame := _read(stream)) is not None:
+    while (frame := wire.read(stream)) is not None:
         if frame["kind"] != "progress":
             return frame
         if progress is not None:
@@ -127,16 +127,6 @@ class _Tail:
                     self._lines.append(text)
 
 
-def _read(stream: Any) -> dict[str, Any] | None:
-    """The next frame; None at the end of the stream, also of one that ends within a frame."""
-    header = stream.read(wire.HEADER_BYTES)
-    if len(header) < wire.HEADER_BYTES:
-        return None
-    n_bytes = wire.frame_bytes(header)
-    body = stream.read(n_bytes)
-    return wire.unpack(body) if len(body) == n_bytes else None
-
-
 # -- in the child -------------------------------------------------------------------------------
 
 
@@ -169,7 +159,7 @@ class _Reporter:
 def _serve(source: BinaryIO, sink: BinaryIO) -> None:
     reporter = _Reporter(sink)
     try:
-        request = _read(source)
+        request = wire.read(source)
         if request is None:
             return
 

@@ -1,4 +1,4 @@
-"""What every child process of nanorun does first and last, and how its end is told."""
+"""What every child process of nanorun does first and last."""
 
 from __future__ import annotations
 
@@ -44,14 +44,3 @@ def _die_with_parent() -> None:
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-def process_ending(code: int) -> str:
-    """How a process ended, in words, from the code that `wait` gave."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = f"signal {-code}"
-    return f"was ended by {name}"

@@ -100,6 +100,8 @@ class EngineClient:
         self._keep_alive_s = keep_alive_s
         self._ids = count(1)
         self._child: Child | None = None
+        self._opening: Child | None = None
+        """The child that loads its model just now."""
         self._info: ModelInfo | None = None
         self._starting = asyncio.Lock()
         self._notices: list[str] = []
@@ -132,7 +134,7 @@ class EngineClient:
             if self._child is not None and isinstance(self._child.death, EngineOutOfMemory):
                 self._shrink(self._child.death)
             while self._child is None or not self._child.alive:
-                child = Child()
+                child = self._opening = Child()
                 try:
                     await child.start(self._model, self._options)
                     self._child = child
@@ -143,6 +145,8 @@ class EngineClient:
                 except BaseException:
                     await child.stop()
                     raise
+                finally:
+                    self._opening = None
             self._info = self._child.info
             self.rest()
             assert self._info is not None
@@ -178,9 +182,11 @@ class EngineClient:
 
     async def close(self) -> None:
         """End the child; replies still running end with `EngineDied`."""
-        if self._idle_timer is not None:
-            self._idle_timer.cancel()
+        if self._opening is not None:
+            await self._opening.stop()
         async with self._starting:
+            if self._idle_timer is not None:  # it does not hold the lock, so it unloads nothing
+                self._idle_timer.cancel()
             if self._child is not None:
                 await self._child.stop()
                 self._child = None
@@ -258,7 +264,8 @@ class EngineGeneration:
     def __init__(self, client: EngineClient, request_id: str, frame: dict[str, Any]) -> None:
         self._client = client
         self._id = request_id
-        self._frame = frame
+        self._frames = [frame]
+        """The request, and what was asked of it before the engine could be told."""
         self._child: Child | None = None
         self._stack = contextlib.ExitStack()
         self._inbox: asyncio.Queue[Any] | None = None
@@ -303,7 +310,8 @@ class EngineGeneration:
             self._inbox = self._stack.enter_context(self._child.inbox(self._id))
             self._attempts += 1
             try:
-                await self._child.send({"id": self._id, **self._frame})
+                for frame in self._frames:
+                    await self._child.send({"id": self._id, **frame})
             except EngineDied as error:
                 return error
         notice = self._client.take_notice()
@@ -343,7 +351,9 @@ class EngineGeneration:
             self._end()
 
     async def _control(self, frame: dict[str, Any]) -> None:
-        if self._child is not None and self._child.alive and not self._done:
+        if self._inbox is None:
+            self._frames.append(frame)
+        elif self._child is not None and self._child.alive and not self._done:
             with contextlib.suppress(EngineDied):
                 await self._child.send({"id": self._id, **frame})
 

@@ -5,6 +5,7 @@ The mask of the next token is computed in another thread while the engine evalua
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -13,6 +14,10 @@ from nanorun.runtime.draw import Ids
 from nanorun.runtime.grammar import Matcher
 
 MakeMatcher = Callable[[], Matcher]
+
+# llguidance recurses into a regular expression until it has built too many parts of it, which
+# needs up to 32 MiB with `(a{1000}){1000}`; only what is used becomes memory.
+_STACK_BYTES = 64 * 2**20
 
 
 class Constraint:
@@ -62,7 +67,7 @@ class Constraint:
         if self._matcher is None:
             return
         self._mask = None
-        self._matcher.consume(token)
+        _thread().submit(self._matcher.consume, token).result()
         if not self._matcher.is_over:
             self._look_ahead()
         elif self._reply is not None or self._ends_with_call:
@@ -77,4 +82,11 @@ class Constraint:
 
 @cache
 def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, thread_name_prefix="grammar")
+    """The thread in which matchers go on, with room for what they are asked."""
+    usual = threading.stack_size(_STACK_BYTES)
+    try:
+        executor = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+        executor.submit(int).result()  # begins the thread
+    finally:
+        threading.stack_size(usual)
+    return executor

@@ -12,7 +12,7 @@ from itertools import chain, count
 
 from nanorun.errors import ContextFull, NanorunError
 from nanorun.model.chat import EngineStats, Event, Finished, FinishReason
-from nanorun.runtime.context import Aborted, Context, Row
+from nanorun.runtime.context import Aborted, CacheFull, Context, Row
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.picking import Pick, TokenPicker
@@ -62,7 +62,7 @@ class Engine:
             self.drafter.memory,
             options.n_seq_max,
             self.context.n_ctx,
-            Archive(options.archive_bytes, open_store(model, options)),
+            Archive(options.archive_bytes, open_store(model, options), _MIN_SAVED_TOKENS),
             options.checkpoint_bytes,
         )
         self._waiting: list[Stream] = []
@@ -78,8 +78,8 @@ class Engine:
         """Save what is worth keeping, free the context and the weights."""
         for stream in list(self._running):
             self._leave(stream, keep=True)
-        while self.save_one():
-            pass
+        while branch := self._next_unsaved():
+            self.tree.save(branch)
         self.tree.close()
         self.drafter.close()
         self.context.close()
@@ -100,9 +100,13 @@ class Engine:
         """
         n_prompt, n_ctx = len(request.prompt), self.context.n_ctx
         if n_prompt + 1 > n_ctx:
+            n_trained = self.model.arch.n_ctx_train
+            n_wanted = _round_up(n_prompt + 512)
+            longer = f"nanorun run {self.model.path} --n-ctx {n_wanted}"
             raise ContextFull(
                 f"the prompt has {n_prompt} tokens, but the context holds {n_ctx}",
-                tries=[f"nanorun run {self.model.path} --n-ctx {_round_up(n_prompt + 1024)}"],
+                facts=[f"the model was trained for {n_trained}"],
+                tries=[longer] if n_wanted <= n_trained else [],
             )
         if not request.anchor:
             for stream in [s for s in (*self._waiting, *self._running) if s.request.anchor]:
@@ -111,10 +115,18 @@ class Engine:
 
     def cancel(self, request_id: str) -> None:
         """Ask a request to end; it does within one batch. May be called from any thread."""
-        for stream in self._find(request_id):
+        self._cancel(self._find(request_id))
+
+    def cancel_all(self) -> None:
+        """Ask all requests to end, as `cancel` does."""
+        self._cancel([*tuple(self._waiting), *tuple(self._running)])
+
+    def _cancel(self, streams: list[Stream]) -> None:
+        for stream in streams:
             stream.cancelled = True
         with self._batch_lock:
-            if self._in_batch and all(stream.cancelled for stream in self._in_batch):
+            # A batch of several sequences moves the states of others (docs/engine-hazards.md).
+            if len(self._in_batch) == 1 and self._in_batch[0].cancelled:
                 self.context.abort()
 
     def finish_thinking(self, request_id: str) -> None:
@@ -144,13 +156,21 @@ class Engine:
         )
 
     def save_one(self) -> bool:
-        """Write one conversation that changed to disk, in idle time; False if none is left."""
+        """Begin to write a conversation that changed, unless one is being written, in idle time.
+
+        Returns:
+            False if none is left.
+        """
+        if not self.tree.is_saving and (branch := self._next_unsaved()):
+            self.tree.save(branch)
+        return bool(self._unsaved)
+
+    def _next_unsaved(self) -> Branch | None:
         while self._unsaved:
             _, branch = self._unsaved.popitem()
             if branch in self.tree.branches and not branch.busy:
-                self.tree.save(branch)
-                return True
-        return False
+                return branch
+        return None
 
     # -- one round ------------------------------------------------------------------------------
 
@@ -232,15 +252,17 @@ class Engine:
 
     def _waits_for_leader(self, stream: Stream) -> bool:
         """Whether a running prefill will soon hold more of this prompt than anything else does."""
+        # Background work may itself be kept waiting for others.
+        candidates = [s for s in self._running if s.turn[:2] <= stream.turn[:2]]
         found = shared_prefix_leader(
             stream.prompt,
-            [(s.prompt, s.n_evaluated) for s in self._running],
+            [(s.prompt, s.n_evaluated) for s in candidates],
             self.tree.best_match(stream.prompt).n_tokens,
         )
         if found is None:
             return False
         i_leader, n_shared = found
-        self._running[i_leader].stops.add(n_shared)
+        candidates[i_leader].stops.add(n_shared)
         return True
 
     def _start(self, stream: Stream, branch: Branch) -> None:
@@ -262,8 +284,12 @@ class Engine:
         return plan, []
 
     def _evaluate(self, plan: Plan) -> list[Output]:
-        parts = separate_guesses(plan, self.options.n_ubatch)
-        return [output for part in parts for output in self._evaluate_part(part)]
+        outputs: list[Output] = []
+        for part in separate_guesses(plan, self.options.n_ubatch):
+            # A part that fails ends the streams of the others as well.
+            if part := [(stream, row) for stream, row in part if stream in self._running]:
+                outputs += self._evaluate_part(part)
+        return outputs
 
     def _evaluate_part(self, plan: Plan) -> list[Output]:
         batch = [stream for stream, _ in plan]
@@ -276,9 +302,14 @@ class Engine:
                 [(row, pick.n_kept) for (_, row), pick in zip(plan, picks, strict=True)]
             )
         except Aborted:
-            return [o for s in batch for o in self._finish(s, "cancelled", keep=False)]
-        except NanorunError as error:
+            return [output for stream in batch for output in self._break_off(stream)]
+        except CacheFull as error:
             return [self._fail(stream, error) for stream in batch]
+        except NanorunError as error:
+            # The states of sequences beside the batch may have been on the move.
+            outputs = [self._fail(stream, error) for stream in tuple(self._running)]
+            self.tree.drop_idle()
+            return outputs
         finally:
             with self._batch_lock:
                 self._in_batch = []
@@ -336,6 +367,12 @@ class Engine:
         event = Finished(reason, stream.usage(), stream.timings(), request.parser.stopped_by)
         return [(request.id, event)]
 
+    def _break_off(self, stream: Stream) -> list[Output]:
+        """End a stream in mid-batch; what it had read up to its last checkpoint stays."""
+        assert stream.branch is not None
+        keep = self.tree.cut_to_checkpoint(stream.branch)
+        return self._finish(stream, "cancelled", keep=keep)
+
     def _fail(self, stream: Stream, error: NanorunError) -> Output:
         self._leave(stream, keep=False)
         return stream.request.id, error
@@ -355,8 +392,7 @@ class Engine:
         """Remember a sequence that a later turn may begin with; forget those that were evicted."""
         held = set(self.tree.branches)
         self._unsaved = {name: other for name, other in self._unsaved.items() if other in held}
-        if branch.n_tokens >= _MIN_SAVED_TOKENS:
-            self._unsaved[stream.request.id] = branch
+        self._unsaved[stream.request.id] = branch
 
 
 def _round_up(n: int, multiple: int = 1024) -> int:

@@ -84,17 +84,18 @@ class Matcher:
         bits = np.unpackbits(self._mask[0].view(np.uint8), bitorder="little")
         return np.flatnonzero(bits)
 
-    def consume(self, token: int) -> bool:
-        """Go on with a token; False if the grammar does not allow it."""
-        return bool(self._matcher.consume_token(token))
+    def consume(self, token: int) -> None:
+        """Go on with a token; one that breaks the grammar shows in `allowed`."""
+        self._matcher.consume_token(token)
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more may come."""
-        return bool(self._matcher.is_stopped())
+        """Whether the form is complete, so that nothing more may come."""
+        return bool(self._matcher.is_stopped() and not self._matcher.is_error())
 
 
 def _explain(text: str) -> list[str]:
-    """Llguidance's words, without the blank lines and the echo of the grammar."""
+    """Llguidance's words, without its inner state, blank lines and the echo of the grammar."""
+    text = text.partition("<state>")[0].replace("NoExtensionBias", "nothing that fits can follow")
     lines = [line.rstrip() for line in text.splitlines() if line.strip(" ^")]
     return [line for line in lines if not _ECHO.match(line)][:6]

@@ -243,7 +243,7 @@ class LoadedModel:
     @cached_property
     def tokenize_again(self) -> TokenCache:
         """`tokenize` for texts that are likely to come back."""
-        return TokenCache(lambda text, special: self.tokenize(text, special=special), 2**23)
+        return TokenCache(lambda text, special: self.tokenize(text, special=special), 2**25)
 
     def _tokenize(self, text: str, *, special: bool) -> list[int]:
         data = text.encode("utf-8", "replace")

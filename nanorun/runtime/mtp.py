@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nanorun.runtime.context import Context, Row
+from nanorun.runtime.context import CacheFull, Context, Row
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.prefix_tree import SequenceMemory
 from nanorun.runtime.speculative import Guess
@@ -78,7 +78,10 @@ class MtpDrafter:
                 Row(g.seq_id, len(g.tokens) + len(drafts[i]), [last[i][0]], wants_logits=True)
                 for i, g in ((i, guesses[i]) for i in running)
             ]
-            outputs = self._head.decode(rows, np.stack([last[i][1] for i in running]))
+            try:
+                outputs = self._head.decode(rows, np.stack([last[i][1] for i in running]))
+            except CacheFull:  # room is made for the batch, and not before
+                break
             going_on = []
             for i, index in zip(running, outputs, strict=True):
                 assert index is not None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
+from nanorun.chat.parser import THINK
 from nanorun.errors import NanorunError, UsageError
 from nanorun.model.chat import Event, FinishReason, TokenLogprobs
 from nanorun.runtime.context import Context, Row
@@ -89,7 +90,10 @@ class TokenPicker:
         choice = stream.sampler.sample(self._context, index, allowed)
         if choice.token in self._model.end_tokens and self._owes_an_answer(stream):
             stream.n_ends_refused += 1
-            choice = stream.sampler.sample(self._context, index, self._no_ends)
+            no_ends = self._all_but(self._model.end_tokens)
+            choice = stream.sampler.sample(self._context, index, no_ends)
+        if self._reopens_thinking(stream, choice.token):
+            choice = stream.sampler.sample(self._context, index, self._all_but({choice.token}))
         if choice.token not in self._model.end_tokens or request.ignore_eos:
             pick.events += self._logprobs(stream, choice)
             return choice.token
@@ -113,10 +117,18 @@ class TokenPicker:
             and stream.n_ends_refused < _MOST_ENDS_REFUSED
         )
 
-    @cached_property
-    def _no_ends(self) -> Ids:
-        """All tokens but those that end a reply."""
-        return np.setdiff1d(np.arange(self._model.n_vocab), list(self._model.end_tokens))
+    def _reopens_thinking(self, stream: Stream, token: int) -> bool:
+        """Whether a reply would think again although its thinking was ended for it."""
+        request = stream.request
+        return (
+            request.dial.was_closed
+            and request.constraint is None
+            and token in self._model.control_tokens
+            and self._model.piece(token) == THINK.encode()
+        )
+
+    def _all_but(self, tokens: Iterable[int]) -> Ids:
+        return np.setdiff1d(np.arange(self._model.n_vocab), list(tokens))
 
     def _logprobs(self, stream: Stream, choice: Choice) -> list[Event]:
         """What was asked for of the token's likelihood."""

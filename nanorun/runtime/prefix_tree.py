@@ -1,10 +1,10 @@
 """Which sequence holds which tokens, and how a new prompt gets the longest prefix for nothing.
 
-The tree's nodes are spans of evaluated tokens, each backed by KV cells once, however many
-sequences pass through it. A sequence is a path from the root. Recurrent state cannot be cut, so a
-prompt can start only where a state exists: at the end of a sequence, or at a checkpoint (a saved
-recurrent state of an inner position). What falls out of the device goes to the archive
-(`state_archive.py`) and comes back from there.
+A sequence is a path in a tree of spans of evaluated tokens (`spans.py`), each backed by KV cells
+once, however many sequences pass through it. Recurrent state cannot be cut, so a prompt can start
+only where a state exists: at the end of a sequence, or at a checkpoint (a saved recurrent state of
+an inner position). What falls out of the device goes to the archive (`state_archive.py`) and comes
+back from there.
 
     root ── system+tools ──●── question 1 ──●── thinking, answer      ● checkpoint
                            └── question 1' ─●── ...
@@ -13,12 +13,14 @@ recurrent state of an inner position). What falls out of the device goes to the 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 
+from nanorun.errors import EngineError
+from nanorun.runtime.spans import Node, Spans
 from nanorun.runtime.state_archive import Archive, ArchivedState, StatePayload
 
 Place = Literal["device", "host", "disk"]
@@ -53,22 +55,12 @@ class SequenceMemory(Protocol):
 
 
 @dataclass(eq=False, slots=True)
-class Node:
-    """A span of tokens `[start, end)` of the paths that pass through it."""
-
-    parent: Node | None
-    start: int
-    end: int
-    n_users: int = 0
-    """Child nodes and sequences that need this span."""
-
-
-@dataclass(eq=False, slots=True)
 class Branch:
     """A device sequence: its tokens so far, and the states saved along them."""
 
     seq_id: int
     node: Node
+    """Where it ends in the tree of spans."""
     tokens: array[int] = field(default_factory=lambda: array("i"))
     checkpoints: dict[int, bytes] = field(default_factory=dict)
     """Position to recurrent state."""
@@ -125,10 +117,9 @@ class PrefixTree:
         self._n_cells = n_cells
         self._checkpoint_budget = checkpoint_bytes
         self._free_ids = list(range(n_seq_max - 1, -1, -1))
-        self._root = Node(None, 0, 0, n_users=1)
+        self._spans = Spans()
         self._clock = 0
         self.branches: list[Branch] = []
-        self.n_cells_used = 0
 
     # -- prompts in -----------------------------------------------------------------------------
 
@@ -140,8 +131,7 @@ class PrefixTree:
         Returns:
             The branch, or None while every sequence is in use.
         """
-        match = self.best_match(prompt)
-        branch = self._start(match)
+        branch = self._start(prompt)
         if branch is None:
             return None
         branch.busy = True
@@ -160,53 +150,68 @@ class PrefixTree:
                 best = match
         return best
 
-    def _start(self, match: _Match) -> Branch | None:
-        holder, n_tokens, state = match.holder, match.n_tokens, match.state
-        if isinstance(holder, Branch):
-            return self._continue(holder, n_tokens, state)
-        branch = self._new_branch(keep=None)
-        if branch is None or holder is None:
-            return branch
-        return self._recall(branch, holder, n_tokens, state)
+    def _start(self, prompt: Sequence[int]) -> Branch | None:
+        while True:
+            match = self.best_match(prompt)
+            if isinstance(match.holder, Branch):
+                return self._continue(match.holder, match.n_tokens, match.state)
+            if match.holder is None:
+                return self._new_branch(keep=None)
+            # Read before a sequence is made free: what that evicts may push it out of memory.
+            payload = self._archive.read(match.holder)
+            if payload is None:
+                continue  # it is gone, and no match any more
+            branch = self._new_branch(keep=None)
+            if branch is None or self._recall(branch, match.holder, payload, match.n_tokens):
+                return branch
 
     def _continue(self, holder: Branch, n_tokens: int, state: bytes | None) -> Branch | None:
         """Go on in an idle sequence, or fork a busy one or one whose tail is worth keeping."""
         if state is None and not holder.busy:
+            holder.cached_from = "device"
             return holder
         branch = self._new_branch(keep=holder)
         if branch is None:
             if holder.busy or state is None:
                 return None
             self._cut(holder, n_tokens, state)
+            holder.cached_from = "device"
             return holder
         if state is None:
             self._memory.fork(holder.seq_id, branch.seq_id)
         else:
             self._memory.fork_at(holder.seq_id, branch.seq_id, n_tokens, state)
-        self._graft(branch, self._node_at(holder, n_tokens))
+        branch.node = self._spans.move(branch.node, self._spans.split(holder.node, n_tokens))
         branch.tokens = holder.tokens[:n_tokens]
         branch.checkpoints = {p: s for p, s in holder.checkpoints.items() if p <= n_tokens}
-        branch.cached_from = "device"
         self._touch(holder)
         return branch
 
     def _recall(
-        self, branch: Branch, saved: ArchivedState, n_tokens: int, state: bytes | None
-    ) -> Branch | None:
-        """Bring an archived sequence back into `branch`; a damaged one is forgotten."""
-        payload = self._archive.read(saved)
-        if payload is None or not self.make_room(saved.n_tokens, keep=branch):
-            if payload is None:
-                self._archive.forget(saved)
-            return branch
-        self._memory.restore(branch.seq_id, payload.full)
-        self._grow(branch, saved.n_tokens)
+        self, branch: Branch, saved: ArchivedState, payload: StatePayload, n_tokens: int
+    ) -> bool:
+        """Bring the first `n_tokens` of an archived sequence back, if there is room for all of it.
+
+        Returns:
+            False if the engine refuses the state; both it and the branch are gone then.
+        """
+        if not self.make_room(saved.n_tokens, keep=branch):
+            return True
+        try:
+            self._memory.restore(branch.seq_id, payload.full)
+        except EngineError:
+            self._archive.forget(saved)
+            self._drop(branch)
+            return False
+        branch.node = self._spans.grow(branch.node, saved.n_tokens)
         branch.tokens = array("i", saved.tokens.tobytes())
         branch.checkpoints = dict(payload.checkpoints)
         branch.cached_from = saved.place
         if n_tokens < saved.n_tokens:
-            self._cut(branch, n_tokens, payload.checkpoints[n_tokens] if state is None else state)
-        return branch
+            self._cut(branch, n_tokens, payload.checkpoints[n_tokens])
+        self._touch(branch)
+        self._trim_checkpoints()
+        return True
 
     # -- progress -------------------------------------------------------------------------------
 
@@ -220,7 +225,7 @@ class PrefixTree:
         """
         branch.settled = settled
         branch.tokens.extend(tokens)
-        self._grow(branch, len(tokens))
+        branch.node = self._spans.grow(branch.node, len(tokens))
         self._touch(branch)
 
     def checkpoint(self, branch: Branch) -> None:
@@ -232,6 +237,9 @@ class PrefixTree:
         if len(state) > self._checkpoint_budget:
             return
         branch.checkpoints[position] = state
+        self._trim_checkpoints()
+
+    def _trim_checkpoints(self) -> None:
         while self.checkpoint_bytes > self._checkpoint_budget:
             oldest = min((b for b in self.branches if b.checkpoints), key=lambda b: b.last_used)
             del oldest.checkpoints[min(oldest.checkpoints)]
@@ -247,6 +255,18 @@ class PrefixTree:
         """Host memory of the sequences that left the device."""
         return self._archive.host_bytes
 
+    def cut_to_checkpoint(self, branch: Branch) -> bool:
+        """Shorten a busy branch, whose evaluation was broken off, to its last saved state.
+
+        Returns:
+            False if there is none; then the branch is of no more use.
+        """
+        position = max(branch.checkpoints, default=0)
+        if position:
+            self._cut(branch, position, branch.checkpoints[position])
+            branch.settled = True
+        return position > 0
+
     def release(self, branch: Branch, *, keep: bool = True) -> None:
         """Give a branch back: kept idle for later prompts, or dropped."""
         branch.busy = False
@@ -257,6 +277,11 @@ class PrefixTree:
             self._drop(branch)
 
     # -- room -----------------------------------------------------------------------------------
+
+    @property
+    def n_cells_used(self) -> int:
+        """KV cells that sequences use, running or idle."""
+        return self._spans.n_cells_used
 
     @property
     def n_cells_free(self) -> int:
@@ -274,7 +299,7 @@ class PrefixTree:
 
     def n_cells_obtainable(self) -> int:
         """Free cells plus those that only idle sequences use."""
-        return self._n_cells - sum(node.end - node.start for node in self._busy_nodes())
+        return self._n_cells - sum(node.n_tokens for node in self._busy_nodes())
 
     def n_cells_needed(self, prompt: Sequence[int]) -> int:
         """Cells a prompt takes beyond those that running sequences hold for it already."""
@@ -282,7 +307,7 @@ class PrefixTree:
         if not isinstance(match.holder, Branch):
             return len(prompt)
         busy = self._busy_nodes()
-        shared = (node for node in _path(match.holder.node) if node in busy)
+        shared = (node for node in match.holder.node.path() if node in busy)
         n_shared = sum(max(0, min(node.end, match.n_tokens) - node.start) for node in shared)
         return len(prompt) - n_shared
 
@@ -291,13 +316,23 @@ class PrefixTree:
         nodes: set[Node] = set()
         for branch in self.branches:
             if branch.busy:
-                nodes.update(_path(branch.node))
+                nodes.update(branch.node.path())
         return nodes
 
     def evict_idle(self) -> None:
         """Move every idle sequence to the archive."""
         for branch in [b for b in self.branches if not b.busy]:
             self._evict(branch)
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a sequence is on its way to the disk."""
+        return self._archive.is_writing
+
+    def drop_idle(self) -> None:
+        """Forget every idle sequence of the device, whose state is in doubt."""
+        for branch in [b for b in self.branches if not b.busy]:
+            self._drop(branch)
 
     def close(self) -> None:
         """Wait until what is to be saved is on disk."""
@@ -313,13 +348,17 @@ class PrefixTree:
 
     def _evict(self, branch: Branch) -> None:
         state = self._describe(branch)
-        if not self._is_covered(branch) and self._archive.wants(state):
+        others = (self._describe(other) for other in self.branches if other is not branch)
+        is_covered = any(other.makes_useless(state) for other in others)
+        if not is_covered and self._archive.wants(state):
             self._archive.put(state, self._payload(branch))
         self._drop(branch)
 
     def save(self, branch: Branch) -> None:
         """Write an idle branch to the store, where it outlives the process."""
-        self._archive.save(self._describe(branch), self._payload(branch))
+        state = self._describe(branch)
+        if self._archive.is_to_write(state):
+            self._archive.save(state, self._payload(branch))
 
     def _describe(self, branch: Branch) -> ArchivedState:
         tokens = np.frombuffer(branch.tokens, np.int32).copy()
@@ -327,16 +366,6 @@ class PrefixTree:
 
     def _payload(self, branch: Branch) -> StatePayload:
         return StatePayload(self._memory.full_state(branch.seq_id), dict(branch.checkpoints))
-
-    def _is_covered(self, branch: Branch) -> bool:
-        """Whether another sequence holds all its tokens, so that nothing is lost with it."""
-        mine = np.frombuffer(branch.tokens, np.int32)
-        return any(
-            _n_common(np.frombuffer(other.tokens, np.int32), mine) == branch.n_tokens
-            and branch.n_tokens in other.checkpoints
-            for other in self.branches
-            if other is not branch
-        )
 
     # -- bookkeeping ----------------------------------------------------------------------------
 
@@ -346,8 +375,7 @@ class PrefixTree:
             if victim is None:
                 return None
             self._evict(victim)
-        branch = Branch(self._free_ids.pop(), self._root)
-        self._root.n_users += 1
+        branch = Branch(self._free_ids.pop(), self._spans.begin())
         self.branches.append(branch)
         return branch
 
@@ -355,62 +383,18 @@ class PrefixTree:
         self._memory.drop(branch.seq_id)
         self.branches.remove(branch)
         self._free_ids.append(branch.seq_id)
-        self._unuse(branch.node)
-
-    def _unuse(self, node: Node | None) -> None:
-        while node is not None:
-            node.n_users -= 1
-            if node.n_users:
-                return
-            self.n_cells_used -= node.end - node.start
-            node = node.parent
-
-    def _graft(self, branch: Branch, node: Node) -> None:
-        """Move a branch (still at the root) onto a node of the tree."""
-        node.n_users += 1
-        self._unuse(branch.node)
-        branch.node = node
-
-    def _grow(self, branch: Branch, n_tokens: int) -> None:
-        """Lengthen a branch; a span that others use too gets a child."""
-        node = branch.node
-        if node.n_users > 1 or node is self._root:
-            branch.node = Node(node, node.end, node.end, n_users=1)
-            node = branch.node  # the branch's use of the old node is now the child's
-        node.end += n_tokens
-        self.n_cells_used += n_tokens
+        self._spans.leave(branch.node)
 
     def _cut(self, branch: Branch, n_tokens: int, state: bytes) -> None:
         """Shorten an idle or fresh branch to a checkpoint of its own."""
         self._memory.rewind(branch.seq_id, n_tokens, state)
-        node = self._node_at(branch, n_tokens)
-        node.n_users += 1
-        self._unuse(branch.node)
-        branch.node = node
+        branch.node = self._spans.move(branch.node, self._spans.split(branch.node, n_tokens))
         branch.tokens = branch.tokens[:n_tokens]
         branch.checkpoints = {p: s for p, s in branch.checkpoints.items() if p <= n_tokens}
-
-    def _node_at(self, branch: Branch, n_tokens: int) -> Node:
-        """The node that ends exactly at `n_tokens` on a branch's path, split off if need be."""
-        node = branch.node
-        while node.parent is not None and node.start >= n_tokens:
-            node = node.parent
-        if node.end == n_tokens:
-            return node
-        upper = Node(node.parent, node.start, n_tokens, n_users=1)
-        node.parent, node.start = upper, n_tokens
-        return upper
 
     def _touch(self, branch: Branch) -> None:
         self._clock += 1
         branch.last_used = self._clock
-
-
-def _path(node: Node | None) -> Iterator[Node]:
-    """A node and all above it."""
-    while node is not None:
-        yield node
-        node = node.parent
 
 
 def _usable(holder: Branch | ArchivedState, wanted: np.ndarray) -> _Match:

@@ -45,7 +45,7 @@ def parse_think(value: str | int) -> int | None:
     text = str(value).strip().lower()
     if text in LEVELS:
         return LEVELS[text]
-    if text.isdigit():
+    if text.isdecimal():
         return int(text)
     raise UsageError(
         f"reasoning depth {value!r} is not known",
@@ -81,7 +81,7 @@ class ReasoningDial:
         thinking: Whether the reply starts inside thinking (the prompt opened it).
         close_after_text: Tokens that end thinking where text stands before them (`\n</think>\n`).
         close_after_newline: The same where a line has just ended (`</think>\\n`).
-        max_reply: Tokens the whole reply may have. Thinking gets half of them at most, and its
+        max_reply: Tokens the whole reply can have. Thinking gets half of them at most, and its
             grace a quarter, so that the rest can hold an answer.
     """
 
@@ -97,7 +97,7 @@ class ReasoningDial:
         self.phase = Phase.THINKING if thinking else Phase.ANSWER
         self.n_thinking = 0
         self.was_closed = False
-        """Whether the thinking was ended by us and not by the model."""
+        """Whether thinking did not end by itself."""
         self._max_reply = max_reply
         self._budget = self._capped(budget)
         self._close_after_text = tuple(close_after_text)
@@ -127,9 +127,8 @@ class ReasoningDial:
             self.phase = Phase.ANSWER
             return
         if self.phase is Phase.ANSWER:
-            if self.was_closed:
-                return
-            self.phase = Phase.THINKING  # what looked like a tool call was none
+            # What looked like a tool call was none, or the model opened its thinking again.
+            self.phase = Phase.THINKING
         self.n_thinking += 1
         self._tail = (self._tail + piece)[-8:]
         self._check()
@@ -146,11 +145,17 @@ class ReasoningDial:
 
     def finish_thinking(self) -> None:
         """End the thinking at the next line or sentence ("answer now")."""
-        if self.phase is Phase.THINKING:
-            self.set_budget(self.n_thinking)
+        self.set_budget(0)
 
     def set_budget(self, budget: int | None) -> None:
-        """Change the budget while the reply thinks; no effect once it answers."""
+        """Change the budget while the reply thinks; no effect once it answers.
+
+        One that is used up already ends the thinking at the next line or sentence.
+        """
+        if budget is not None:
+            # Landing goes on from where it began, or repeating this would put off its end.
+            began = self._budget if self.phase is Phase.LANDING else None
+            budget = max(budget, self.n_thinking if began is None else began)
         self._budget = self._capped(budget)
         if self.phase is Phase.LANDING:
             self.phase = Phase.THINKING
@@ -175,7 +180,7 @@ class ReasoningDial:
         at_end = self.n_thinking == 0 or _ENDS_SENTENCE.search(self._tail)
         if self._budget == 0 or at_end or over >= grace - 4:
             # A character of several bytes is completed first; it has at most four.
-            if not _is_utf8_complete(self._tail) and over < grace:
+            if not _is_utf8_complete(self._tail) and over < grace_tokens(self._budget):
                 return
             self._close()
 

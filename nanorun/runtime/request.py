@@ -78,6 +78,8 @@ def prepare_request(
     messages: Sequence[Message],
     options: GenerateOptions,
     constraint: Constraint | None = None,
+    *,
+    n_ctx: int,
 ) -> Request:
     """Render, tokenize and settle a request.
 
@@ -87,6 +89,7 @@ def prepare_request(
         messages: The conversation.
         options: How to answer.
         constraint: What `compile_constraint` made of the options.
+        n_ctx: Tokens that the context holds, prompt and reply.
 
     Raises:
         UsageError: If the options or messages make no sense.
@@ -102,6 +105,8 @@ def prepare_request(
     thinking = thinking and rendered.text.rstrip("\n").endswith("<think>")
     if constraint is not None and not thinking:
         constraint.answer_begins()
+    n_left = max(n_ctx - len(prompt), 0)
+    max_reply = min(options.max_tokens or n_left, n_left)
     if options.grammar is not None and not options.tools:
         # A call would end the thinking and could not be part of the answer.
         no_call = (model.call_tokens[0], -math.inf)
@@ -113,7 +118,7 @@ def prepare_request(
         sampling=settle_sampling(
             options, thinking=thinking, n_vocab=model.n_vocab, defaults=model.sampling_defaults
         ),
-        dial=build_dial(model, budget, thinking=thinking, max_reply=options.max_tokens),
+        dial=build_dial(model, budget, thinking=thinking, max_reply=max_reply),
         parser=ReplyParser(starts_in_thinking=thinking, tools=options.tools, stop=options.stop),
         max_tokens=options.max_tokens,
         ignore_eos=options.ignore_eos,

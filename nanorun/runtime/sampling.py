@@ -24,6 +24,7 @@ _DRY_BREAKERS = (b"\n", b":", b'"', b"*")
 _MIN_DRY_TOKENS = 1024
 # More tokens than a reply has; the samplers keep a ring of this size.
 _WHOLE_REPLY = 2**18
+_MIN_TEMPERATURE = 1e-5
 
 
 MAX_LOGPROBS = 20
@@ -85,8 +86,10 @@ def settle_sampling(
     def pick(asked: float | None, default: float) -> float:
         return default if asked is None else asked
 
+    temperature = pick(options.temperature, family.temperature)
     settings = SamplingSettings(
-        temperature=pick(options.temperature, family.temperature),
+        # Logits divided by less leave the range of a float, and the likeliest wins anyway.
+        temperature=0.0 if 0 < temperature < _MIN_TEMPERATURE else temperature,
         top_p=pick(options.top_p, family.top_p),
         top_k=int(pick(options.top_k, family.top_k)),
         min_p=pick(options.min_p, family.min_p),

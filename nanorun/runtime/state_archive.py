@@ -1,4 +1,4 @@
-"""Sequences that left the device: in host memory within a budget, then on disk."""
+"""Sequences that left the device: in host memory within a budget, and on disk."""
 
 from __future__ import annotations
 
@@ -69,61 +69,98 @@ class Store(Protocol):
 
 
 class Archive:
-    """Evicted sequences: host memory first, a store behind it.
+    """Sequences that left the device: in host memory as long as there is room, and in the store.
 
     Args:
-        budget_bytes: Host memory it may take; the least recently used entries move on to the store.
-        store: Where they move; None to drop them. It is written from a thread of its own, so that
-            running replies do not wait for the disk.
+        budget_bytes: Host memory it may take, what waits to be written included.
+        store: Where all is written that it takes in; None for host memory alone. It is written
+            from a thread of its own: running replies wait for the disk only where that is so slow
+            that the host memory is spent.
+        min_stored_tokens: Shorter sequences are not written; they are read again as soon.
     """
 
-    def __init__(self, budget_bytes: int, store: Store | None = None) -> None:
+    def __init__(
+        self, budget_bytes: int, store: Store | None = None, min_stored_tokens: int = 0
+    ) -> None:
         self._budget = budget_bytes
-        self._payloads: dict[ArchivedState, StatePayload] = {}
         self._store = store
+        self._min_stored_tokens = min_stored_tokens
+        self._kept: dict[ArchivedState, StatePayload] = {}
+        """The least recently used first."""
+        self._in_writing: dict[ArchivedState, StatePayload] = {}
+        """Not yet in the store; the writer's thread takes out what is."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
 
     @property
     def entries(self) -> tuple[ArchivedState, ...]:
-        """All it holds; in host memory the least recently used first."""
+        """All it holds, the quickest to be had first."""
         stored = self._store.entries if self._store is not None else ()
-        return (*self._payloads, *stored)
+        return (*self._in_memory(), *stored)
 
     @property
     def host_bytes(self) -> int:
         """Host memory in use."""
-        return sum(payload.n_bytes for payload in self._payloads.values())
+        return sum(payload.n_bytes for payload in self._in_memory().values())
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether something is not yet in the store."""
+        return bool(self._in_writing)
+
+    def _in_memory(self) -> dict[ArchivedState, StatePayload]:
+        return self._in_writing.copy() | self._kept
 
     def put(self, state: ArchivedState, payload: StatePayload) -> None:
-        """Take a sequence in; one too large for host memory goes straight to the store."""
-        state.checkpoint_positions = frozenset(payload.checkpoints)
-        if payload.n_bytes > self._budget:
-            self.save(state, payload)
-            return
-        while self._payloads and self.host_bytes + payload.n_bytes > self._budget:
-            oldest = next(iter(self._payloads))
-            self.save(oldest, self._payloads.pop(oldest))
-        self._payloads[state] = payload
+        """Take a sequence in; those that it makes useless go."""
+        for old in [entry for entry in self._kept if state.makes_useless(entry)]:
+            del self._kept[old]
+        if payload.n_bytes <= self._budget:
+            self._make_room(payload.n_bytes)
+            self._kept[state] = payload
+        self.save(state, payload)
 
     def save(self, state: ArchivedState, payload: StatePayload) -> None:
-        """Write a sequence to the store, unless that has as much already."""
-        state.checkpoint_positions = frozenset(payload.checkpoints)
-        if self._store is None or any(e.makes_useless(state) for e in self._store.entries):
+        """Write a sequence to the store, if that is to have it and lacks it."""
+        if self._store is None or not self.is_to_write(state):
             return
-        self._writer.submit(self._store.save, state, payload)
+        if state not in self._kept:
+            self._make_room(payload.n_bytes)
+        self._in_writing[state] = payload
+        self._writer.submit(self._write, self._store, state, payload)
+
+    def is_to_write(self, state: ArchivedState) -> bool:
+        """Whether the store is to have a sequence, and neither has it nor soon will."""
+        if self._store is None or state.n_tokens < self._min_stored_tokens:
+            return False
+        written = (*self._in_writing.copy(), *self._store.entries)
+        return not any(entry.makes_useless(state) for entry in written)
+
+    def _write(self, store: Store, state: ArchivedState, payload: StatePayload) -> None:
+        try:
+            store.save(state, payload)
+        finally:
+            del self._in_writing[state]
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Wait for the disk, then drop the least recently used, until there is room."""
+        if self.host_bytes + n_bytes > self._budget and self.is_writing:
+            self.wait()
+        while self._kept and self.host_bytes + n_bytes > self._budget:
+            del self._kept[next(iter(self._kept))]
 
     def read(self, state: ArchivedState) -> StatePayload | None:
-        """The payload of an entry, which thereby becomes the most recently used."""
+        """The payload of an entry, the most recently used now; None if it is no longer held."""
         if state.place == "disk":
             return self._store.load(state) if self._store is not None else None
-        payload = self._payloads.pop(state, None)
-        if payload is not None:
-            self._payloads[state] = payload
+        payload = self._kept.pop(state, None)
+        if payload is None:
+            return self._in_writing.get(state)
+        self._kept[state] = payload
         return payload
 
     def forget(self, state: ArchivedState) -> None:
         """Drop an entry."""
-        self._payloads.pop(state, None)
+        self._kept.pop(state, None)
         if state.place == "disk" and self._store is not None:
             self._store.forget(state)
 
@@ -132,8 +169,12 @@ class Archive:
         has_room = self._budget > 0 or self._store is not None
         return has_room and not any(entry.makes_useless(state) for entry in self.entries)
 
+    def wait(self) -> None:
+        """Wait until all that is to be written is."""
+        self._writer.submit(lambda: None).result()
+
     def close(self) -> None:
-        """Move everything to the store and wait until it is written."""
-        for state, payload in self._payloads.items():
+        """Write what is not in the store yet, and wait for that."""
+        for state, payload in tuple(self._kept.items()):
             self.save(state, payload)
         self._writer.shutdown(wait=True)

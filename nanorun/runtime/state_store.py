@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import psutil
@@ -50,7 +50,6 @@ class StateHeader:
     fingerprint: str
     tokens: NDArray[np.int32]
     checkpoint_positions: tuple[int, ...]
-    n_bytes: int
 
 
 def open_store(model: LoadedModel, options: EngineOptions) -> StateStore | None:
@@ -86,8 +85,8 @@ class StateStore:
         self._lock = threading.Lock()
         for path in folder.glob("*.part"):
             if not _is_being_written(path):
-                path.unlink(missing_ok=True)
-        for path in sorted(folder.glob("*" + SUFFIX), key=_last_used):
+                _remove(path)
+        for path in sorted(folder.glob("*" + SUFFIX)):
             self._adopt(path)
         self._prune()
 
@@ -103,7 +102,10 @@ class StateStore:
             header = read_header(path)
         except BadStateFile as error:
             log.warning("removed the damaged state file %s: %s", path.name, error)
-            path.unlink(missing_ok=True)
+            _remove(path)
+            return
+        except OSError as error:  # it may be whole, and readable another time
+            log.warning("the state file %s cannot be read: %s", path.name, error)
             return
         if header.fingerprint == self._fingerprint:
             positions = frozenset(header.checkpoint_positions)
@@ -115,12 +117,15 @@ class StateStore:
         Returns:
             The entry, or None where the disk refused (logged, never raised: a reply matters more).
         """
+        if payload.n_bytes > self._budget:  # it would push out all others, then itself
+            log.warning("a prompt state of %d bytes is larger than its budget", payload.n_bytes)
+            return None
         name = hashlib.blake2b(
             self._fingerprint.encode() + state.tokens.tobytes(), digest_size=_DIGEST_BYTES
         ).hexdigest()
         path = self._folder / (name + SUFFIX)
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people said
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_state(path, self._fingerprint, state.tokens, payload)
         except OSError as error:
             log.warning("a prompt state of %d bytes was not saved: %s", payload.n_bytes, error)
@@ -131,17 +136,24 @@ class StateStore:
                 self.forget(old)
         with self._lock:
             self._entries = [e for e in self._entries if e.path != path] + [entry]
-        self._prune()
+        self._prune(newest=path)
         return entry
 
     def load(self, entry: ArchivedState) -> StatePayload | None:
-        """The states of an entry; None (and the file removed) if they are damaged."""
+        """The states of an entry; None if they are damaged (the file is removed) or gone."""
         assert entry.path is not None
         try:
-            payload = read_payload(entry.path)
+            header, payload = read_state(entry.path)
         except BadStateFile as error:
             log.warning("removed the damaged state file %s: %s", entry.path.name, error)
             self.forget(entry)
+            return None
+        except OSError as error:  # most likely another process has removed it
+            log.warning("the state file %s cannot be read: %s", entry.path.name, error)
+            self._unlist(entry.path)
+            return None
+        if header.fingerprint != self._fingerprint or not _has_all(header, entry):
+            self._unlist(entry.path)  # another process has written another state of this name
             return None
         with contextlib.suppress(OSError):
             os.utime(entry.path)
@@ -149,46 +161,71 @@ class StateStore:
 
     def forget(self, entry: ArchivedState) -> None:
         """Remove a file."""
-        with self._lock:
-            self._entries = [e for e in self._entries if e is not entry]
         if entry.path is not None:
-            entry.path.unlink(missing_ok=True)
+            self._unlist(entry.path)
+            _remove(entry.path)
 
-    def _prune(self) -> None:
+    def _unlist(self, path: Path) -> None:
+        with self._lock:
+            self._entries = [e for e in self._entries if e.path != path]
+
+    def _prune(self, newest: Path | None = None) -> None:
         """Remove what is too old, then the least recently used until the budget holds.
 
         The folder is shared by all models, so files of others count and may go too.
+
+        Args:
+            newest: The file just written; it stays, even if a clock that ran ahead has left others
+                that look newer.
         """
-        files = sorted(self._folder.glob("*" + SUFFIX), key=_last_used)
-        n_bytes = sum(_size(path) for path in files)
+        files = [(_stat(path), path) for path in self._folder.glob("*" + SUFFIX)]
+        n_bytes = sum(stat.st_size for stat, _ in files if stat)
         oldest_allowed = time.time() - self._max_age_s
-        for path in files:
-            if n_bytes <= self._budget and _last_used(path) >= oldest_allowed:
+        for stat, path in sorted(files, key=lambda item: item[0].st_mtime if item[0] else 0.0):
+            if stat is None or path == newest:
+                continue
+            if n_bytes <= self._budget and stat.st_mtime >= oldest_allowed:
                 break
-            n_bytes -= _size(path)
-            with self._lock:
-                self._entries = [e for e in self._entries if e.path != path]
-            path.unlink(missing_ok=True)
+            n_bytes -= stat.st_size
+            self._unlist(path)
+            _remove(path)
+
+
+def _has_all(header: StateHeader, entry: ArchivedState) -> bool:
+    """Whether a file still holds what it was listed with."""
+    positions = entry.checkpoint_positions
+    return positions <= set(header.checkpoint_positions) and np.array_equal(
+        header.tokens, entry.tokens
+    )
 
 
 def _is_being_written(temporary: Path) -> bool:
-    """Whether the process that a temporary name belongs to still runs."""
-    pid = temporary.stem.rpartition(".")[2]
-    return pid.isdigit() and psutil.pid_exists(int(pid))
+    """Whether the process in a temporary name still runs, and did before the file was made.
 
-
-def _last_used(path: Path) -> float:
+    A container gives every engine the same process id.
+    """
+    pid, stat = temporary.stem.rpartition(".")[2], _stat(temporary)
+    if not pid.isdigit() or stat is None:
+        return False
     try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
+        return psutil.Process(int(pid)).create_time() <= stat.st_mtime
+    except psutil.Error:
+        return False
 
 
-def _size(path: Path) -> int:
+def _stat(path: Path) -> os.stat_result | None:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError:
-        return 0
+        return None
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or leave it where that is not possible: a reply matters more."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", path.name, error)
 
 
 def write_state(
@@ -209,7 +246,7 @@ def write_state(
     ).encode()
     temporary = path.with_suffix(f".{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=_private) as file:
             file.write(MAGIC + struct.pack("<I", len(header)) + header + _digest(header))
             for section in sections:
                 file.write(section)
@@ -220,51 +257,47 @@ def write_state(
         temporary.unlink(missing_ok=True)
 
 
+def _private(name: str, flags: int) -> int:
+    """Open a file for its owner alone: it holds what people said."""
+    return os.open(name, flags, 0o600)
+
+
 def read_header(path: Path) -> StateHeader:
     """The header and tokens of a state file.
 
     Raises:
         BadStateFile: If they are not sound.
+        OSError: If the file cannot be read.
     """
     with _open(path) as file:
-        header, sections = _read_header(file)
-        tokens = _read_section(file, sections[0])
-        n_bytes = os.fstat(file.fileno()).st_size
-        n_left = n_bytes - file.tell() - sum(size for size, _ in sections[1:])
-    if n_left:
-        raise BadStateFile(f"{path.name} has {n_left:+} bytes more than its header says")
-    return StateHeader(
-        str(header["fingerprint"]),
-        np.frombuffer(tokens, "<i4").astype(np.int32),
-        tuple(header["checkpoints"]),
-        n_bytes,
-    )
+        return _read_header(file)[0]
 
 
-def read_payload(path: Path) -> StatePayload:
-    """The states of a file, checked against their checksums.
+def read_state(path: Path) -> tuple[StateHeader, StatePayload]:
+    """All of a file, checked against its checksums.
 
     Raises:
         BadStateFile: If any byte is not what was written.
+        OSError: If the file cannot be read.
     """
     with _open(path) as file:
         header, sections = _read_header(file)
-        _read_section(file, sections[0])
-        full = _read_section(file, sections[1])
-        states = [_read_section(file, section) for section in sections[2:]]
-    return StatePayload(full, dict(zip(header["checkpoints"], states, strict=True)))
+        full, *states = [_read_section(file, section) for section in sections]
+    positions = header.checkpoint_positions
+    return header, StatePayload(full, dict(zip(positions, states, strict=True)))
 
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        try:
             yield file
-    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
-        raise BadStateFile(f"{path.name}: {error}") from error
+        except (ValueError, KeyError, TypeError, struct.error) as error:
+            raise BadStateFile(f"{path.name}: {error}") from error
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], list[tuple[int, bytes]]]:
+def _read_header(file: BinaryIO) -> tuple[StateHeader, list[tuple[int, bytes]]]:
+    """The header with its tokens, and the sections that follow."""
     if file.read(len(MAGIC)) != MAGIC:
         raise BadStateFile("not a state file of this version")
     (n,) = struct.unpack("<I", file.read(4))
@@ -274,10 +307,16 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], list[tuple[int, bytes]
     if file.read(_DIGEST_BYTES) != _digest(raw):
         raise BadStateFile("the header is damaged")
     header = json.loads(raw)
-    sections = [(int(size), bytes.fromhex(digest)) for size, digest in header["sections"]]
-    if len(sections) != 2 + len(header["checkpoints"]):
+    of_tokens, *others = [(int(n), bytes.fromhex(digest)) for n, digest in header["sections"]]
+    if len(others) != 1 + len(header["checkpoints"]):
         raise BadStateFile("the header contradicts itself")
-    return header, sections
+    n_left = os.fstat(file.fileno()).st_size - file.tell()
+    n_more = n_left - of_tokens[0] - sum(size for size, _ in others)
+    if n_more:
+        raise BadStateFile(f"{n_more:+} bytes more than the header says")
+    tokens = np.frombuffer(_read_section(file, of_tokens), "<i4").astype(np.int32)
+    positions = tuple(header["checkpoints"])
+    return StateHeader(str(header["fingerprint"]), tokens, positions), others
 
 
 def _read_section(file: BinaryIO, section: tuple[int, bytes]) -> bytes:

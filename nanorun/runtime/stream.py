@@ -119,7 +119,7 @@ class Stream:
             return Timings(queue_s=now - self.submitted)
         prefill_s = (self.first_token or now) - self.started
         decode_s = now - self.first_token if self.first_token else 0.0
-        n_read = min(self.n_evaluated, len(self.request.prompt)) - self.n_cached
+        n_read = max(0, min(self.n_evaluated, len(self.request.prompt)) - self.n_cached)
         return Timings(
             queue_s=self.started - self.submitted,
             prefill_s=prefill_s,

@@ -6,19 +6,22 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+# Objects and the place in the dictionary, beside the text and the tokens themselves.
+_ENTRY_BYTES = 320
+
 
 class TokenCache:
     """Remembers the tokens of texts, the most recently used ones.
 
     Args:
         tokenize: Does the work.
-        max_chars: Text that is remembered; each character takes at most some five bytes.
+        max_bytes: Memory it may take, about.
     """
 
-    def __init__(self, tokenize: Callable[[str, bool], list[int]], max_chars: int) -> None:
+    def __init__(self, tokenize: Callable[[str, bool], list[int]], max_bytes: int) -> None:
         self._tokenize = tokenize
-        self._max_chars = max_chars
-        self._n_chars = 0
+        self._max_bytes = max_bytes
+        self._n_bytes = 0
         self._known: OrderedDict[tuple[str, bool], array[int]] = OrderedDict()
 
     def __call__(self, text: str, special: bool) -> Sequence[int]:
@@ -29,10 +32,14 @@ class TokenCache:
             self._known.move_to_end(key)
             return tokens
         tokens = array("i", self._tokenize(text, special))
-        if len(text) <= self._max_chars:
+        if _n_bytes(text, tokens) <= self._max_bytes:
             self._known[key] = tokens
-            self._n_chars += len(text)
-        while self._n_chars > self._max_chars:
-            (old, _), _ = self._known.popitem(last=False)
-            self._n_chars -= len(old)
+            self._n_bytes += _n_bytes(text, tokens)
+        while self._n_bytes > self._max_bytes:
+            (old, _), of_old = self._known.popitem(last=False)
+            self._n_bytes -= _n_bytes(old, of_old)
         return tokens
+
+
+def _n_bytes(text: str, tokens: array[int]) -> int:
+    return 2 * len(text) + tokens.itemsize * len(tokens) + _ENTRY_BYTES

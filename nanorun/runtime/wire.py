@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import Any, BinaryIO
 
 from nanorun import errors
 from nanorun.errors import EngineError, NanorunError
@@ -39,8 +39,17 @@ _EVENTS: dict[str, type] = {
 
 
 def pack(payload: dict[str, Any]) -> bytes:
-    """A frame of a JSON object."""
+    """A frame of a JSON object.
+
+    Raises:
+        EngineError: If it is larger than the other side takes.
+    """
     body = json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    if len(body) > MAX_FRAME_BYTES:
+        raise EngineError(
+            f"a message of {len(body)} bytes to or from the engine's process is too large",
+            facts=[f"at most {MAX_FRAME_BYTES} bytes are taken"],
+        )
     return len(body).to_bytes(HEADER_BYTES, "big") + body
 
 
@@ -54,6 +63,16 @@ def frame_bytes(header: bytes) -> int:
     if n > MAX_FRAME_BYTES:
         raise EngineError(f"a frame of {n} bytes from the engine's process is not plausible")
     return n
+
+
+def read(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next frame; None at the end of the stream, also of one that ends within a frame."""
+    header = stream.read(HEADER_BYTES)
+    if len(header) < HEADER_BYTES:
+        return None
+    n_bytes = frame_bytes(header)
+    body = stream.read(n_bytes)
+    return unpack(body) if len(body) == n_bytes else None
 
 
 def unpack(body: bytes) -> dict[str, Any]:

@@ -41,10 +41,14 @@ from nanorun.runtime.request import (
 )
 from nanorun.runtime.score import score_text
 
+log = logging.getLogger(__name__)
+
 Frame = dict[str, Any]
 
 # Idle time after which conversations that changed are written to disk.
 _SAVE_AFTER_S = 2.0
+# Between two of them; a save that goes on delays the next.
+_SAVE_PAUSE_S = 0.05
 _FLUSH_EVERY_S = 0.004
 
 
@@ -89,11 +93,13 @@ class Worker:
         self._outbox = bytearray()
         self._gathering = False
         self._last_flush = 0.0
-        self._step_began: float | None = None
+        self._n_steps = 0
+        self._in_step = False
+        self._closing = False
 
     def run(self) -> None:
         """Open the model named by the first frame, then serve until told to close."""
-        opening = self._read()
+        opening = wire.read(self._source)
         if opening is None:
             return
         threading.Thread(target=self._listen, daemon=True).start()
@@ -106,10 +112,10 @@ class Worker:
         self._send(opening["id"], {"kind": "ready", "info": info})
         with contextlib.suppress(NanorunError):
             self._engine.model.warm_up()
-        try:
-            self._serve(self._engine)
-        finally:
-            self._engine.close()
+        self._serve(self._engine)
+        # Not after a failure: what was evaluated may differ from what the tree noted, and no such
+        # state may be saved.
+        self._engine.close()
 
     def _open(self, frame: Frame) -> Engine:
         options = EngineOptions(**frame["options"])
@@ -124,21 +130,24 @@ class Worker:
                 if frame["verb"] == "close":
                     return
                 self._handle(engine, frame)
-            self._step_began = time.monotonic()
+            self._n_steps += 1
+            self._in_step = True
             outputs = engine.step()
-            self._step_began = None
+            self._in_step = False
+            if self._closing:
+                return
             with self._one_write(engine):
                 for request_id, output in outputs:
                     self._deliver(engine, request_id, output)
 
     def _next_frame(self, engine: Engine) -> Frame:
         """Wait for a frame; when none comes for a while, use the time to save."""
-        try:
+        with contextlib.suppress(queue.Empty):
             return self._inbox.get(timeout=_SAVE_AFTER_S)
-        except queue.Empty:
-            while self._inbox.empty() and engine.save_one():
-                pass
-            return self._inbox.get()
+        while engine.save_one():
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=_SAVE_PAUSE_S)
+        return self._inbox.get()
 
     def _deliver(self, engine: Engine, request_id: str, output: Event | NanorunError) -> None:
         turn = self._turns.get(request_id)
@@ -168,19 +177,19 @@ class Worker:
 
     def _listen(self) -> None:
         """Reader thread: signs of life and cancellations do not wait for the end of a batch."""
-        while (frame := self._read()) is not None:
-            if frame["verb"] == "ping":
-                self._answer_ping(frame["id"])
-                continue
-            if frame["verb"] == "cancel" and self._engine is not None:
-                self._engine.cancel(frame["id"])
-            self._inbox.put(frame)
+        with contextlib.suppress(BrokenPipeError):
+            while (frame := wire.read(self._source)) is not None:
+                if frame["verb"] == "ping":
+                    n_steps = self._n_steps if self._in_step else None
+                    self._send(frame["id"], {"kind": "pong", "n_steps": n_steps})
+                    continue
+                if frame["verb"] == "cancel" and self._engine is not None:
+                    self._engine.cancel(frame["id"])
+                elif frame["verb"] == "close" and self._engine is not None:
+                    self._closing = True
+                    self._engine.cancel_all()  # a long batch would take the time to save
+                self._inbox.put(frame)
         os._exit(0)  # the parent is gone: nobody is left to answer
-
-    def _answer_ping(self, request_id: str) -> None:
-        began = self._step_began
-        step_s = 0.0 if began is None else time.monotonic() - began
-        self._send(request_id, {"kind": "pong", "step_s": step_s})
 
     def _handle(self, engine: Engine, frame: Frame) -> None:
         request_id, verb = frame["id"], frame["verb"]
@@ -205,6 +214,10 @@ class Worker:
                 raise EngineError(f"the engine does not know the verb {verb!r}")
         except NanorunError as error:
             self._send(request_id, wire.error_to_json(error))
+        except Exception as error:  # a request that nobody foresaw must not end the others
+            log.exception("%s failed", verb)
+            failure = EngineError(f"the engine failed at {verb}: {error!r}")
+            self._send(request_id, wire.error_to_json(failure))
 
     def _generate(self, engine: Engine, frame: Frame) -> None:
         request_id, options = frame["id"], wire.options_from_json(frame["options"])
@@ -212,14 +225,18 @@ class Worker:
             if needs_constraint(options):
                 self._compile(engine, frame, options)
                 return
-        elif request_id not in self._compiling:
-            return  # cancelled meanwhile
+        elif request_id not in self._compiling:  # cancelled meanwhile
+            self._send(request_id, wire.event_to_json(Finished("cancelled")))
+            return
         self._compiling.discard(request_id)
         constraint = frame.get("constraint")
         if isinstance(constraint, NanorunError):
             raise constraint
         messages = [wire.message_from_json(m) for m in frame["messages"]]
-        engine.submit(prepare_request(request_id, engine.model, messages, options, constraint))
+        request = prepare_request(
+            request_id, engine.model, messages, options, constraint, n_ctx=engine.context.n_ctx
+        )
+        engine.submit(request)
         self._turns[request_id] = Turn(messages, options)
 
     def _compile(self, engine: Engine, frame: Frame, options: GenerateOptions) -> None:
@@ -230,6 +247,8 @@ class Worker:
                 constraint: object = compile_constraint(engine.model, options)
             except NanorunError as error:
                 constraint = error
+            except Exception as error:  # nobody else would say so, and the request would wait
+                constraint = EngineError(f"the grammar could not be compiled: {error!r}")
             self._inbox.put({**frame, "constraint": constraint})
 
         self._compiling.add(frame["id"])
@@ -241,13 +260,6 @@ class Worker:
 
         result = score_text(engine.model, engine.options, frame["text"], frame["n_ctx"], progress)
         self._send(frame["id"], {"kind": "result", "value": asdict(result)})
-
-    def _read(self) -> Frame | None:
-        header = self._source.read(wire.HEADER_BYTES)
-        if len(header) < wire.HEADER_BYTES:
-            return None
-        body = self._source.read(wire.frame_bytes(header))
-        return wire.unpack(body) if body else None
 
     def _send(self, request_id: str, payload: Frame) -> None:
         frame = wire.pack({"id": request_id, **payload})

@@ -58,11 +58,6 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def finish_reason(finished: Finished) -> str:
-    """OpenAI's word for how a reply ended; it has none for one that was stopped from outside."""
-    return "stop" if finished.reason == "cancelled" else finished.reason
-
-
 def _logprob_object(piece: bytes, logprob: float) -> dict[str, Any]:
     return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
 
@@ -90,6 +85,7 @@ class Reply:
     thinking: list[str] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
     tool_calls: list[ToolCall] = field(default_factory=list)
+    """Calls that a client can make; unreadable ones are text."""
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     """Of the answer's tokens; in a stream those that are not sent yet."""
     finished: Finished | None = None
@@ -133,7 +129,7 @@ class Reply:
             "index": 0,
             "message": message,
             "logprobs": self._take_logprobs(),
-            "finish_reason": finish_reason(self.finished),
+            "finish_reason": self._reason(self.finished),
         }
         return {
             **self._head("chat.completion"),
@@ -155,10 +151,12 @@ class Reply:
                 return self._chunk({"content": text})
             case ToolCallDelta(call=call, problem=problem) if not call.name:
                 return self._chunk({"content": problem or ""})
-            case ToolCallDelta(index=index, call=call):
-                return self._chunk({"tool_calls": [{"index": index, **_call_object(call)}]})
+            case ToolCallDelta(call=call):
+                self.tool_calls.append(call)
+                numbered = {"index": len(self.tool_calls) - 1, **_call_object(call)}
+                return self._chunk({"tool_calls": [numbered]})
             case Finished():
-                last = self._chunk({}, finish_reason(event))
+                last = self._chunk({}, self._reason(event))
                 if event.stop_text is not None:
                     last["choices"][0]["stop_reason"] = event.stop_text  # vLLM's name for it
                 return {**last, "timings": asdict(event.timings)}
@@ -180,6 +178,15 @@ class Reply:
             "finish_reason": reason,
         }
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
+
+    def _reason(self, finished: Finished) -> str:
+        """OpenAI's word for how the reply ended.
+
+        It has none for one that was stopped from outside, and clients that read `tool_calls` look
+        for calls, which there are none of if no call could be read.
+        """
+        has_none = finished.reason == "tool_calls" and not self.tool_calls
+        return "stop" if has_none or finished.reason == "cancelled" else finished.reason
 
     def _take_logprobs(self) -> dict[str, Any] | None:
         entries, self.logprobs = self.logprobs, []

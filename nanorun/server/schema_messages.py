@@ -122,9 +122,21 @@ class FunctionIn(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(pattern=r"^[^\s<>\"'{}]+$")]
+    """Nemotron's form of a call has no escapes, so nothing in a name may look like markup."""
     description: str | None = None
     parameters: dict[str, Any] | None = None
+
+    @field_validator("parameters")
+    @classmethod
+    def _check_shape(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        schema = value or {}
+        if not isinstance(schema.get("properties"), dict | None):
+            raise ValueError("its properties must be an object")
+        required = schema.get("required") or []
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise ValueError("its required must be an array of names")
+        return value
 
 
 class ToolIn(BaseModel):

@@ -107,6 +107,8 @@ def test_several_calls_only_where_they_are_wanted(tokenizer: LLTokenizer) -> Non
     [
         (Grammar("json_schema", '{"type": "integer"}'), "12", '"12"'),
         (Grammar("regex", r"\d{2}/\d{2}"), "12/34", "12-34"),
+        (Grammar("regex", r"a\\/b"), r"a\/b", "a/b"),
+        (Grammar("regex", "a\n/"), "a\n/", "a/"),
         (Grammar("lark", 'start: "yes" | NO\nNO: /no+/'), "nooo", "maybe"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -127,6 +127,17 @@ class Rig:
         for request_id, output in self.engine.step():
             if isinstance(output, Finished | NanorunError):
                 self.finished[request_id] = output
+
+    def strike(self, action: Callable[[], object]) -> None:
+        """Let something happen in the middle of the next evaluation, as other threads do."""
+        decode = self.engine.drafter.decode
+
+        def struck(rows: Sequence[Row]) -> list[int | None]:
+            self.engine.drafter.decode = decode  # type: ignore[method-assign]
+            action()
+            return decode(rows)
+
+        self.engine.drafter.decode = struck  # type: ignore[method-assign]
 
     def run(self) -> None:
         while self.engine.busy:

@@ -71,6 +71,30 @@ async def test_two_hundred_budgets_are_kept(client: EngineClient) -> None:
     await check_budgets(client, 200)
 
 
+async def test_thinking_that_was_ended_does_not_begin_anew(client: EngineClient) -> None:
+    (opening,) = await client.tokenize("<think>", special=True)
+    options = GenerateOptions(
+        think=5, temperature=0.0, max_tokens=600, logit_bias=((opening, 100.0),)
+    )
+    _, answer, finished, _ = await reply(client, "What is 47 + 86?", options, None)
+    assert finished.usage.thinking_tokens <= 5 + grace_tokens(5)
+    assert answer.strip()
+
+
+async def test_thinking_leaves_room_for_an_answer_in_the_context(pico_gguf: Path) -> None:
+    client = EngineClient(pico_gguf, EngineOptions(n_ctx=256, n_parallel=1, n_threads=1))
+    try:
+        # Without its closing tags and its end, a reply thinks for ever.
+        ends = await client.tokenize("</think></s><|im_end|><tool_call>", special=True)
+        options = GenerateOptions(
+            think="max", temperature=0.0, logit_bias=tuple((token, -100.0) for token in ends)
+        )
+        thinking, answer, _, _ = await reply(client, "4785 + 697", options, None)
+        assert thinking and answer.strip()
+    finally:
+        await client.close()
+
+
 async def test_answer_now_ends_the_thinking_within_a_line_or_grace(client: EngineClient) -> None:
     # Banning `</think>` makes pico think for ever.
     (close,) = await client.tokenize("</think>", special=True)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,7 @@ import pytest
 from nanorun.errors import (
     ContextFull,
     EngineDied,
+    EngineError,
     EngineOutOfMemory,
     MemoryPlanError,
     ModelError,
@@ -27,6 +28,7 @@ from nanorun.model.chat import (
     Event,
     Finished,
     GenerateOptions,
+    Grammar,
     Message,
     Notice,
     PrefillProgress,
@@ -199,8 +201,15 @@ def _fields(options: GenerateOptions) -> dict[str, object]:
 
 
 async def test_prompt_too_long_is_refused_with_its_size(client: EngineClient) -> None:
-    with pytest.raises(ContextFull, match="the context holds 2048"):
+    with pytest.raises(ContextFull, match="the context holds 2048") as caught:
+        await collect(client.generate([Message("user", "1 + 1 " * 500)], GenerateOptions()))
+    (command,) = caught.value.tries
+    assert 2048 < int(command.rpartition(" ")[2]) <= 4096
+    # Pico was trained for no more, so no command would help.
+    with pytest.raises(ContextFull, match="the context holds 2048") as caught:
         await collect(client.generate([Message("user", "1 + 1 " * 2000)], GenerateOptions()))
+    assert caught.value.tries == ()
+    assert caught.value.facts == ("the model was trained for 4096",)
 
 
 async def test_senseless_options_are_refused(client: EngineClient) -> None:
@@ -263,14 +272,226 @@ async def test_child_that_gives_no_sign_of_life_is_replaced(
     assert answer == "5482"
 
 
+@pytest.fixture
+def run_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets children begin with some lines of Python before they serve."""
+
+    def prepare(code: str) -> None:
+        program = tmp_path / "python"
+        lines = [
+            "#!" + sys.executable,
+            "import os, sys, time",
+            "from nanorun.runtime import worker",
+        ]
+        program.write_text("\n".join([*lines, code, "worker.main()"]))
+        program.chmod(0o755)
+        monkeypatch.setattr(child_module.sys, "executable", str(program))
+
+    return prepare
+
+
 async def test_child_that_hangs_in_one_batch_is_replaced(
-    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+    client: EngineClient, run_instead: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child_module, "HEARTBEAT_S", 0.05)
-    monkeypatch.setattr(child_module, "STUCK_LIMIT_S", 1e-4)
-    generation = client.generate(SUM, ENDLESS)
+    monkeypatch.setattr(child_module, "STUCK_LIMIT_S", 0.5)
+    run_instead("worker.Engine.step = lambda engine: time.sleep(60)")
     with pytest.raises(EngineDied, match="evaluated one batch for"):
-        await collect(generation)
+        await collect(client.generate(SUM, ENDLESS))
+
+
+async def test_child_that_stops_reading_is_replaced(
+    client: EngineClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(child_module, "SILENCE_LIMIT_S", 1.0)
+    await client.start()
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+    large = [Message("user", "1 + 1 " * 100_000)]  # more than the pipe holds
+    generation = client.generate(large, GenerateOptions())
+    with pytest.raises((EngineDied, ContextFull)):
+        await asyncio.wait_for(collect(generation), 20)
+
+
+async def test_close_does_not_wait_for_a_child_that_stopped_reading(
+    pico_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "_CLOSE_TIMEOUT_S", 0.5)
+    client = EngineClient(pico_gguf, OPTIONS)
+    await client.start()
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+    large = [Message("user", "1 + 1 " * 100_000)]
+    reply = asyncio.create_task(_list(client.generate(large, GenerateOptions())))
+    await asyncio.sleep(0.1)
+    await asyncio.wait_for(client.close(), 5)
+    with pytest.raises(EngineDied, match="closed"):
+        await reply
+
+
+async def test_child_that_dies_with_a_long_line_is_mourned(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    run_instead("print('x' * 200_000, file=sys.stderr, flush=True); os._exit(3)")
+    with pytest.raises(EngineDied, match="exit code 3") as caught:
+        await asyncio.wait_for(client.start(), 20)
+    assert all(len(fact) <= 2000 for fact in caught.value.facts)
+
+
+async def test_child_that_writes_nonsense_is_ended(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    run_instead("os.write(1, b'\\xff' * 100); time.sleep(60)")
+    with pytest.raises(EngineDied, match="not a frame"):
+        await asyncio.wait_for(client.start(), 20)
+
+
+async def test_leaving_while_the_model_loads_does_not_wait(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    run_instead("worker.LoadedModel = lambda *args: time.sleep(60)")
+    loading = asyncio.create_task(client.start())
+    await asyncio.sleep(0.5)
+    loading.cancel()
+    started = time.monotonic()
+    with pytest.raises(asyncio.CancelledError):
+        await loading
+    assert time.monotonic() - started < 2
+
+
+async def test_closing_while_the_model_loads_does_not_wait(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    run_instead("worker.LoadedModel = lambda *args: time.sleep(60)")
+    loading = asyncio.create_task(client.start())
+    await asyncio.sleep(0.5)
+    await asyncio.wait_for(client.close(), 2)
+    with pytest.raises(EngineDied, match="closed"):
+        await loading
+
+
+async def test_close_waits_for_an_unloading_that_is_under_way(
+    pico_gguf: Path, tmp_path: Path
+) -> None:
+    options = EngineOptions(n_ctx=2048, n_threads=1, state_dir=str(tmp_path))
+    client = EngineClient(pico_gguf, options, keep_alive_s=0.2)
+    long = [Message("user", "Remember: fox=1234, owl=4321. " * 20)]
+    await collect(client.generate(long, GenerateOptions(max_tokens=4)))
+    pid = client.pid
+    assert pid is not None
+    while client.pid is not None:
+        await asyncio.sleep(0.001)
+    await client.close()
+    assert not psutil.pid_exists(pid)
+
+
+async def test_reply_cancelled_before_the_engine_is_ready_ends(client: EngineClient) -> None:
+    generation = client.generate(SUM, ENDLESS)
+    await generation.cancel()
+    _, _, finished = await collect(generation)
+    assert finished.reason == "cancelled"
+    assert finished.usage.completion_tokens == 0
+
+
+async def test_reply_cancelled_while_its_grammar_is_compiled_ends(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    run_instead("worker.compile_constraint = lambda *args: time.sleep(1)")
+    generation = client.generate(SUM, GenerateOptions(grammar=Grammar("regex", "[0-9]+")))
+    events = asyncio.create_task(collect(generation))
+    await client.start()
+    await asyncio.sleep(0.2)
+    await generation.cancel()
+    _, _, finished = await asyncio.wait_for(events, 10)
+    assert finished.reason == "cancelled"
+
+
+async def test_request_that_fails_unforeseen_does_not_end_the_others(client: EngineClient) -> None:
+    other = client.generate(SUM, GenerateOptions())
+    await until(other, ThinkingDelta)
+    senseless = GenerateOptions(tools=({"type": "function"},))
+    with pytest.raises(EngineError, match="KeyError"):
+        await collect(client.generate(SUM, senseless))
+    _, answer, _ = await collect(other)
+    assert answer == "5482"
+
+
+async def test_nothing_is_saved_by_an_engine_that_failed(
+    pico_gguf: Path, tmp_path: Path, run_instead: Callable[[str], None]
+) -> None:
+    """It may have evaluated more than it has noted; such a state would be wrong for ever."""
+    run_instead(
+        "advance = worker.Engine._advance\n"
+        "def fail(engine, stream, row, index):\n"
+        "    assert row.pos < 100, 'a fault'\n"
+        "    return advance(engine, stream, row, index)\n"
+        "worker.Engine._advance = fail"
+    )
+    folder = tmp_path / "state"
+    options = EngineOptions(n_ctx=2048, n_threads=1, n_ubatch=64, state_dir=str(folder))
+    client = EngineClient(pico_gguf, options)
+    long = [Message("user", "Remember: fox=1234, owl=4321. " * 20)]
+    with pytest.raises(EngineDied) as caught:
+        await collect(client.generate(long, GenerateOptions()))
+    assert any("a fault" in fact for fact in caught.value.facts)
+    assert not list(folder.glob("*"))
+    await client.close()
+
+
+async def test_close_does_not_wait_for_the_end_of_a_batch(
+    pico_gguf: Path, run_instead: Callable[[str], None]
+) -> None:
+    run_instead(
+        "def step(engine):\n"  # one that only a cancellation ends
+        "    while not all(stream.cancelled for stream in engine._waiting):\n"
+        "        time.sleep(0.01)\n"
+        "    return []\n"
+        "worker.Engine.step = step"
+    )
+    client = EngineClient(pico_gguf, OPTIONS)
+    reply = asyncio.create_task(_list(client.generate(SUM, GenerateOptions())))
+    await client.start()
+    await asyncio.sleep(0.3)
+    await asyncio.wait_for(client.close(), 5)
+    with pytest.raises(EngineDied, match="closed"):
+        await reply
+
+
+STOPPED = """
+import asyncio, sys
+from pathlib import Path
+from nanorun.model.chat import GenerateOptions, Message
+from nanorun.runtime import child
+from nanorun.runtime.client import EngineClient
+from nanorun.runtime.options import EngineOptions
+child.HEARTBEAT_S, child.SILENCE_LIMIT_S = 0.1, 1.0
+async def main():
+    client = EngineClient(Path(sys.argv[1]), EngineOptions(n_ctx=512, n_threads=1))
+    await client.start()
+    print(client.pid, flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    print(client.pid, flush=True)
+    await client.close()
+asyncio.run(main())
+"""
+
+
+def test_program_that_was_suspended_keeps_its_engine(pico_gguf: Path) -> None:
+    """Ctrl+Z stops the terminal's process group; nobody was at fault for the silence."""
+    command = [sys.executable, "-c", STOPPED, str(pico_gguf)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+        pid = parent.stdout.readline()
+        for name in (signal.SIGSTOP, signal.SIGCONT):
+            os.kill(parent.pid, name)
+            os.kill(int(pid), name)
+            time.sleep(2 if name == signal.SIGSTOP else 0.5)
+        parent.stdin.write("\n")
+        parent.stdin.flush()
+        assert parent.stdout.readline() == pid
 
 
 # More KV cache than any machine that runs tests has memory.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -104,6 +105,7 @@ async def test_thinking_is_free_and_only_the_answer_is_held(client: EngineClient
         Grammar("regex", "([a"),
         Grammar("lark", "start: undefined_rule"),
         Grammar("regex", "a" * 600_000),
+        Grammar("regex", "(a{1000}){1000}"),  # too deep for the usual stack of a thread
     ],
 )
 async def test_grammar_without_meaning_is_refused(client: EngineClient, grammar: Grammar) -> None:
@@ -129,6 +131,19 @@ async def test_required_call_is_made_and_fits_the_tool(client: EngineClient, thi
 async def test_required_call_without_tools_is_refused(client: EngineClient) -> None:
     with pytest.raises(UsageError, match="there are no tools"):
         await collect(client, "Hello", GenerateOptions(tool_choice="required"))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"properties": [1]}, {"required": [{}]}, {"properties": {"a": {"anyOf": 7}}}],
+)
+async def test_required_call_of_a_tool_with_an_odd_schema_does_not_hang(
+    client: EngineClient, schema: dict[str, Any]
+) -> None:
+    tool = {"type": "function", "function": {"name": "odd", "parameters": schema}}
+    options = GenerateOptions(think="off", tools=(tool,), tool_choice="required", max_tokens=50)
+    with contextlib.suppress(UsageError):
+        await asyncio.wait_for(collect(client, "Hello", options), 20)
 
 
 async def test_strict_tool_leaves_answers_free_and_holds_calls(client: EngineClient) -> None:
@@ -159,3 +174,10 @@ async def test_cancelled_while_its_grammar_is_compiled(client: EngineClient) -> 
             break
         await asyncio.sleep(0.05)
     assert stats.n_running + stats.n_waiting == 0
+
+
+async def test_grammar_that_no_text_fits_is_said_in_plain_words(client: EngineClient) -> None:
+    options = GenerateOptions(think="off", grammar=Grammar("regex", r"[^\s\S]"))
+    with pytest.raises(UsageError) as caught:
+        await collect(client, "Hello", options)
+    assert caught.value.facts == ("nothing that fits can follow",)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nanorun.errors import EngineError
 from nanorun.model.chat import Finished
 from tests.runtime.harness import SMALL, Rig
 
@@ -109,4 +110,103 @@ def test_what_waits_to_be_saved_does_not_pile_up(pico_f32_gguf: Path, tmp_path: 
     for salt in range(40):  # never idle, so nothing is saved
         rig.ask(prompt(150, salt), n_tokens=1)
     assert len(rig.engine._unsaved) <= SMALL.n_seq_max
+    rig.close()
+
+
+def test_foreground_request_does_not_wait_for_a_background_reader(pico_f32_gguf: Path) -> None:
+    """Others' prompts go before the background's, so it may take long to read what they share."""
+    rig = Rig(pico_f32_gguf, replace(SMALL, n_ctx=2048, n_parallel=4))
+    shared = prompt(200)
+    rig.submit(prompt(200, salt=1), n_tokens=1)
+    rig.submit([*shared, *prompt(200, salt=2)], n_tokens=1, background=True)
+    rig.step()
+    first = rig.submit([*shared, *prompt(10, salt=3)], n_tokens=1)
+    second = rig.submit(prompt(600, salt=4), n_tokens=1)
+    rig.run()
+    assert list(rig.finished).index(first) < list(rig.finished).index(second)
+    rig.close()
+
+
+def test_breaking_off_keeps_what_was_read_to_the_last_checkpoint(pico_f32_gguf: Path) -> None:
+    rig = Rig(pico_f32_gguf)
+    long = prompt(300)
+    broken = rig.submit(long, boundaries=[100])
+    for _ in range(4):
+        rig.step()
+    rig.strike(lambda: rig.engine.cancel(broken))
+    rig.step()
+    finished = rig.finished[broken]
+    assert isinstance(finished, Finished) and finished.reason == "cancelled"
+    again = rig.submit(long, n_tokens=3)
+    rig.run()
+    finished = rig.finished[again]
+    assert isinstance(finished, Finished)
+    assert finished.usage.cached_tokens == 100
+    rig.check(again)
+    rig.close()
+
+
+def test_closing_in_mid_batch_saves_what_was_read_to_the_last_checkpoint(
+    pico_f32_gguf: Path, tmp_path: Path
+) -> None:
+    rig = Rig(pico_f32_gguf, replace(SMALL, state_dir=str(tmp_path)))
+    long = prompt(400)
+    rig.submit(long, boundaries=[200])
+    for _ in range(5):
+        rig.step()
+    rig.strike(rig.engine.cancel_all)
+    rig.step()
+    rig.reopen()
+    again = rig.submit(long, n_tokens=3)
+    rig.run()
+    finished = rig.finished[again]
+    assert isinstance(finished, Finished)
+    assert (finished.usage.cached_tokens, finished.usage.cached_from) == (200, "disk")
+    rig.check(again)
+    rig.close()
+
+
+def test_cancelling_all_in_a_batch_leaves_idle_sequences_alone(pico_f32_gguf: Path) -> None:
+    """An evaluation of several sequences that is broken off corrupts others' states."""
+    rig = Rig(pico_f32_gguf)
+    first = rig.submit(prompt(60, salt=1), n_tokens=40)
+    idle = rig.submit(prompt(60, salt=2), n_tokens=8)
+    third = rig.submit(prompt(60, salt=3), n_tokens=40)
+    while idle not in rig.finished:
+        rig.step()
+
+    def cancel_both() -> None:
+        rig.engine.cancel(first)
+        rig.engine.cancel(third)
+
+    rig.strike(cancel_both)
+    rig.step()
+    rig.run()
+    again = rig.submit([*prompt(60, salt=2), *rig.tokens[idle], 50], n_tokens=3)
+    rig.run()
+    finished = rig.finished[again]
+    assert isinstance(finished, Finished)
+    assert finished.usage.cached_tokens == 67
+    rig.check(again)
+    rig.close()
+
+
+def test_failed_batch_leaves_nothing_that_a_later_prompt_could_start_from(
+    pico_f32_gguf: Path,
+) -> None:
+    rig = Rig(pico_f32_gguf)
+    rig.ask(prompt(60, salt=2), n_tokens=1)
+    failing = [rig.submit(prompt(60, salt), n_tokens=40) for salt in (3, 4)]
+    rig.step()
+
+    def fail() -> None:
+        raise EngineError("llama_decode failed with -3")
+
+    rig.strike(fail)
+    rig.step()
+    assert all(isinstance(rig.finished[request_id], EngineError) for request_id in failing)
+    assert not rig.engine.busy
+    assert rig.engine.tree.branches == []
+    _, finished = rig.ask([*prompt(60, salt=2), 50], n_tokens=1)
+    assert finished.usage.cached_tokens == 0
     rig.close()

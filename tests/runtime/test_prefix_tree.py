@@ -9,6 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from nanorun.errors import EngineError
 from nanorun.runtime.prefix_tree import PrefixTree
 from nanorun.runtime.state_archive import Archive
 
@@ -158,6 +159,78 @@ def test_checkpoints_stay_within_their_budget() -> None:
         branch = read(tree, memory, [i, *range(30)], stops=(10, 20))
         tree.release(branch)
         assert tree.checkpoint_bytes <= 200
+
+
+def test_sequence_on_the_device_is_said_to_come_from_there() -> None:
+    tree, memory = make_tree()
+    tree.release(read(tree, memory, list(range(40))))
+    assert tree.make_room(N_CELLS)
+    branch = tree.acquire([*range(40), 50])
+    assert branch is not None and branch.cached_from == "host"
+    tree.release(branch)
+    again = tree.acquire([*range(40), 60])
+    assert again is branch
+    assert (again.n_cached, again.cached_from) == (40, "device")
+
+
+def test_eviction_keeps_the_checkpoints_that_no_other_sequence_has() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, list(range(30)), stops=(10, 20))
+    tree.release(first)
+    second = tree.acquire([*range(30), 50])
+    assert second is first
+    tree.checkpoint(second)
+    third = tree.acquire([*range(30), 60])
+    assert third is not None and third is not second
+    third.checkpoints = {30: third.checkpoints[30]}  # the others gave way to a budget
+    tree.release(second)
+    tree.make_room(tree.n_cells_free + 1)
+    tree.evict_idle()
+    tree.release(third, keep=False)
+    branch = tree.acquire([*range(20), 70])
+    assert branch is not None
+    assert (branch.n_cached, branch.cached_from) == (20, "host")
+
+
+def test_recall_is_not_pushed_out_by_what_has_to_make_room_for_it() -> None:
+    tree, memory = make_tree(archive_bytes=200)  # holds one of the sequences
+    wanted = list(range(40))
+    tree.release(read(tree, memory, wanted))
+    assert tree.make_room(N_CELLS)
+    for i in range(N_SEQ):
+        tree.release(read(tree, memory, [100 + i] * 20))
+    branch = tree.acquire([*wanted, 50])
+    assert branch is not None
+    assert (branch.n_cached, branch.cached_from) == (40, "host")
+
+
+def test_recalled_checkpoints_stay_within_their_budget() -> None:
+    tree, memory = make_tree(archive_bytes=4000, checkpoint_bytes=200)
+    for i in range(2):
+        tree.release(read(tree, memory, [50 + i, *range(30)], stops=(10, 20)))
+        tree.evict_idle()
+    for i in range(2):
+        branch = tree.acquire([50 + i, *range(30), 99])
+        assert branch is not None and branch.cached_from == "host"
+        assert tree.checkpoint_bytes <= 200
+
+
+class Refusing(HybridMemory):
+    """An engine that does not take a saved state."""
+
+    def restore(self, seq_id: int, state: bytes) -> None:
+        self.evaluate(seq_id, [1])  # some of it went in
+        raise EngineError("a saved state does not fit")
+
+
+def test_state_that_the_engine_refuses_is_read_anew() -> None:
+    memory = Refusing()
+    tree = PrefixTree(memory, N_SEQ, N_CELLS, Archive(4000))
+    tree.release(read(tree, memory, list(range(40))))
+    assert tree.make_room(N_CELLS)
+    branch = tree.acquire([*range(40), 50])
+    assert branch is not None
+    assert branch.n_cached == tree.n_cells_used == memory.n_cells() == 0
 
 
 class TreeMachine(RuleBasedStateMachine):

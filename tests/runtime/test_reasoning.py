@@ -48,7 +48,7 @@ def test_parse_think_knows_levels_and_counts(text: str | int, budget: int | None
     assert parse_think(text) == budget
 
 
-@pytest.mark.parametrize("text", ["", "hard", "-1", "1.5"])
+@pytest.mark.parametrize("text", ["", "hard", "-1", "1.5", "²"])
 def test_parse_think_refuses_other_words(text: str) -> None:
     with pytest.raises(UsageError, match="reasoning depth"):
         parse_think(text)
@@ -79,9 +79,9 @@ def test_dial_waits_for_the_end_of_a_sentence_but_not_for_a_decimal_point() -> N
 
 def test_dial_closes_hard_at_the_end_of_the_grace() -> None:
     dial = make_dial(10)
-    forced = say(dial, [b" word"] * (10 + grace_tokens(10)))
+    forced = say(dial, [b" word"] * (10 + grace_tokens(10) - 4))
     assert forced == [NEWLINE, CLOSE, NEWLINE]
-    assert dial.was_closed
+    assert dial.phase is Phase.ANSWER
 
 
 def test_dial_completes_a_character_first() -> None:
@@ -97,7 +97,6 @@ def test_dial_rests_once_the_reply_answers_by_itself() -> None:
     dial.observe(b"thought", in_thinking=True)
     dial.observe(b"</think>", in_thinking=False)
     assert dial.phase is Phase.ANSWER
-    assert not dial.was_closed
     assert dial.n_thinking == 1
 
 
@@ -128,6 +127,42 @@ def test_finish_thinking_lands_at_the_next_line() -> None:
     assert say(dial, [b"\n"]) == [CLOSE, NEWLINE]
 
 
+@pytest.mark.parametrize("budget", [0, 5])
+def test_budget_below_what_was_thought_lands_softly(budget: int) -> None:
+    dial = make_dial(None)
+    say(dial, [b"word"] * 100 + [b"\xe2"])
+    dial.set_budget(budget)
+    assert dial.forced() is None  # in mid-character, and in mid-sentence
+    assert say(dial, [b"\x82", b"\xac", b" is", b" a", b" lot"]) == []
+    assert say(dial, [b".\n"]) == [CLOSE, NEWLINE]
+
+
+def test_budget_lowered_again_and_again_does_not_put_off_the_end() -> None:
+    dial = make_dial(None)
+    say(dial, [b"word"] * 10)
+    for _ in range(grace_tokens(10)):
+        dial.set_budget(0)
+        say(dial, [b"word"], in_thinking=dial.phase is not Phase.ANSWER)
+    assert dial.phase is Phase.ANSWER
+
+
+def test_thinking_that_begins_anew_after_its_end_is_held_to_the_same_budget() -> None:
+    dial = make_dial(10)
+    say(dial, [b"word"] * 9 + [b"\n"])
+    assert dial.phase is Phase.ANSWER
+    forced = say(dial, [b"word"] * (grace_tokens(10) + 10))  # the model opened it again
+    assert CLOSE in forced
+
+
+def test_short_reply_completes_a_character_too() -> None:
+    dial = ReasoningDial(
+        None, thinking=True, close_after_text=[CLOSE], close_after_newline=[CLOSE], max_reply=6
+    )
+    euro = "€".encode()
+    assert say(dial, [b"a", b"b", euro[:1], euro[1:2]]) == []
+    assert say(dial, [euro[2:]]) == [CLOSE]
+
+
 def test_rescue_turns_an_early_end_into_an_answer() -> None:
     dial = make_dial(None)
     say(dial, [b"hm"])
@@ -153,7 +188,9 @@ def test_raised_budget_lets_it_think_on() -> None:
 )
 def test_thinking_never_exceeds_budget_and_grace(budget: int, pieces: list[bytes]) -> None:
     dial = make_dial(budget)
-    forced = say(dial, pieces)
+    forced: list[int] = []
+    for piece in pieces:
+        forced += say(dial, [piece], in_thinking=dial.phase is not Phase.ANSWER)
     assert dial.n_thinking <= budget + grace_tokens(budget)
     if len(pieces) >= budget + grace_tokens(budget):
         assert forced[-2:] == [CLOSE, NEWLINE]

@@ -92,6 +92,13 @@ def test_sampling_stays_within_what_is_allowed(settings: SamplingSettings) -> No
     assert {pick(sampler, values, allowed).token for _ in range(200)} <= set(allowed.tolist())
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-30, 1e-320])
+def test_temperature_next_to_zero_is_as_good_as_greedy(temperature: float) -> None:
+    values = np.random.default_rng(0).normal(0, 20, 1000)
+    sampler = Sampler(settle(GenerateOptions(temperature=temperature)), 1000)
+    assert {pick(sampler, values).token for _ in range(20)} == {int(values.argmax())}
+
+
 def test_seed_decides_the_draws() -> None:
     values = np.random.default_rng(0).normal(0, 1, 1000)
 

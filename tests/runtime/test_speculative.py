@@ -120,6 +120,20 @@ def test_guesses_can_be_rolled_back_beside_streams_that_come_and_go(pico_f32_ggu
     rig.close()
 
 
+def test_guesses_that_find_no_cell_are_left_out(
+    mtp_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head guesses before there is room made for the batch."""
+    monkeypatch.setattr("nanorun.runtime.mtp._MIN_PROBABILITY", 0.0)
+    rig = Rig(mtp_gguf, replace(SMALL, n_ctx=256, speculation="mtp"))
+    rig.ask([100 + i for i in range(200)], n_tokens=1)  # idle, it holds the cells
+    running = rig.submit([32 + i for i in range(56)], n_tokens=10)
+    rig.run()
+    assert len(rig.tokens[running]) == 10
+    rig.check(running)
+    rig.close()
+
+
 def test_head_that_is_not_there_is_refused(pico_f32_gguf: Path) -> None:
     with pytest.raises(UsageError, match="has no MTP head"):
         Rig(pico_f32_gguf, replace(SMALL, speculation="mtp"))

@@ -92,6 +92,13 @@ class Conversations(RuleBasedStateMachine):
     def cancel(self, data: st.DataObject) -> None:
         self.rig.engine.cancel(data.draw(st.sampled_from(self.running)))
 
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def cancel_in_mid_batch(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.sets(st.sampled_from(self.running), min_size=1))
+        self.rig.strike(lambda: [self.rig.engine.cancel(name) for name in chosen])
+        self.step(1)
+
     @rule()
     def evict(self) -> None:
         self.rig.engine.tree.evict_idle()

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from nanorun.runtime.state_store import (
     BadStateFile,
     StateStore,
     read_header,
-    read_payload,
+    read_state,
     write_state,
 )
 
@@ -42,7 +43,7 @@ def test_file_gives_back_what_was_written(state_file: Path) -> None:
     assert header.fingerprint == "model-1"
     assert header.tokens.tolist() == [5, 6, 7, 8]
     assert header.checkpoint_positions == (2, 3)
-    payload = read_payload(state_file)
+    _, payload = read_state(state_file)
     assert payload.full == PAYLOAD.full
     assert dict(payload.checkpoints) == dict(PAYLOAD.checkpoints)
 
@@ -66,7 +67,7 @@ def test_damaged_file_is_never_loaded(
     damaged.write_bytes(raw)
     with pytest.raises(BadStateFile):
         read_header(damaged)
-        read_payload(damaged)
+        read_state(damaged)
 
 
 def make_store(folder: Path, fingerprint: str = "model-1", budget: int = 10**6) -> StateStore:
@@ -130,16 +131,147 @@ def test_store_survives_an_unwritable_folder(tmp_path: Path) -> None:
     assert store.save(ArchivedState(tokens(1)), PAYLOAD) is None
 
 
-def test_archive_moves_its_oldest_to_the_store(tmp_path: Path) -> None:
+def test_saved_states_are_for_their_owner_alone(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # the folder may be shared already
+    entry = make_store(tmp_path).save(ArchivedState(tokens(1, 2)), PAYLOAD)
+    assert entry is not None and entry.path is not None
+    assert entry.path.stat().st_mode & 0o777 == 0o600
+    made = make_store(tmp_path / "made")
+    made.save(ArchivedState(tokens(1, 2)), PAYLOAD)
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o700
+
+
+def test_store_opens_over_what_cannot_be_read_or_removed(tmp_path: Path) -> None:
+    make_store(tmp_path).save(ArchivedState(tokens(1, 2)), PAYLOAD)
+    (tmp_path / ("folder" + SUFFIX)).mkdir()
+    (tmp_path / "folder.part").mkdir()
+    store = make_store(tmp_path, budget=1)  # and nothing of it may stay
+    assert store.entries == ()
+
+
+def test_file_that_cannot_be_read_now_is_kept(
+    state_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_more_files(*_args: object, **_options: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", no_more_files)
+        assert make_store(state_file.parent).entries == ()
+    (entry,) = make_store(state_file.parent).entries
+    assert entry.tokens.tolist() == [5, 6, 7, 8]
+
+
+def test_state_larger_than_the_budget_does_not_push_out_others(tmp_path: Path) -> None:
+    store = make_store(tmp_path, budget=3000)
+    store.save(ArchivedState(tokens(1)), StatePayload(bytes(800)))
+    assert store.save(ArchivedState(tokens(2)), StatePayload(bytes(4000))) is None
+    assert [e.tokens[0] for e in store.entries] == [1]
+
+
+def test_new_state_stays_beside_files_from_the_future(tmp_path: Path) -> None:
+    """A clock that ran ahead and was put right leaves files that look newer than anything."""
+    store = make_store(tmp_path, budget=2000)
+    for i in range(2):
+        entry = store.save(ArchivedState(tokens(i)), StatePayload(bytes(800)))
+        assert entry is not None and entry.path is not None
+        os.utime(entry.path, (time.time() + 1e8,) * 2)
+    store.save(ArchivedState(tokens(7)), StatePayload(bytes(800)))
+    assert 7 in [e.tokens[0] for e in store.entries]
+
+
+def test_part_of_an_earlier_process_of_the_same_id_is_removed(tmp_path: Path) -> None:
+    """In a container every engine has the same process id."""
+    old, young = tmp_path / f"a.{os.getpid()}.part", tmp_path / f"b.{os.getpid()}.part"
+    for part in (old, young):
+        part.write_bytes(b"torn")
+    os.utime(old, (1e9, 1e9))
+    make_store(tmp_path)
+    assert not old.exists()
+    assert young.exists()  # being written now
+
+
+def test_state_rewritten_by_another_process_is_not_taken_for_the_listed_one(tmp_path: Path) -> None:
+    mine, other = make_store(tmp_path), make_store(tmp_path)
+    state = ArchivedState(tokens(1, 2, 3))
+    entry = mine.save(state, StatePayload(b"full", {1: b"one", 2: b"two"}))
+    assert entry is not None
+    other.save(state, StatePayload(b"full", {1: b"one"}))
+    assert mine.load(entry) is None
+    assert mine.entries == ()
+    assert len(list(tmp_path.iterdir())) == 1  # the other's
+
+
+def test_state_removed_by_another_process_is_forgotten(tmp_path: Path) -> None:
     store = make_store(tmp_path)
-    archive = Archive(1000, store)
+    entry = store.save(ArchivedState(tokens(1, 2, 3)), PAYLOAD)
+    assert entry is not None and entry.path is not None
+    entry.path.unlink()
+    assert store.load(entry) is None
+    assert store.entries == ()
+
+
+def test_archive_writes_what_it_takes_in_and_drops_the_oldest_from_memory(tmp_path: Path) -> None:
+    archive = Archive(1000, make_store(tmp_path))
     for i in range(3):
         archive.put(ArchivedState(tokens(i)), StatePayload(bytes(400)))
-    archive._writer.submit(lambda: None).result()
+    archive.wait()
     assert archive.host_bytes == 800
-    assert [e.tokens[0] for e in store.entries] == [0]
+    held = {(e.tokens[0], e.place) for e in archive.entries}
+    assert held == {(0, "disk"), (1, "disk"), (2, "disk"), (1, "host"), (2, "host")}
     archive.close()
-    assert sorted(e.tokens[0] for e in store.entries) == [0, 1, 2]
+
+
+class SlowStore(StateStore):
+    """Writes nothing until it may."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "model-1", 10**6)
+        self.may_write = threading.Event()
+
+    def save(self, state: ArchivedState, payload: StatePayload) -> ArchivedState | None:
+        assert self.may_write.wait(10)
+        return super().save(state, payload)
+
+
+def test_archive_keeps_its_budget_when_the_disk_is_slow(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    archive, most = Archive(1000, store), 0
+    threading.Timer(0.3, store.may_write.set).start()
+    for i in range(20):
+        archive.put(ArchivedState(tokens(i)), StatePayload(bytes(400)))
+        most = max(most, archive.host_bytes)
+    archive.close()
+    assert most <= 1000
+    assert sorted(e.tokens[0] for e in store.entries) == list(range(20))
+
+
+def test_state_can_be_had_while_it_is_being_written(tmp_path: Path) -> None:
+    store = SlowStore(tmp_path)
+    archive = Archive(0, store)
+    archive.put(ArchivedState(tokens(1, 2)), StatePayload(b"state"))
+    (entry,) = archive.entries
+    assert archive.read(entry) == StatePayload(b"state")
+    store.may_write.set()
+    archive.close()
+
+
+def test_archive_drops_what_a_continuation_makes_useless() -> None:
+    archive = Archive(10_000)
+    archive.put(ArchivedState(tokens(1, 2)), StatePayload(bytes(400)))
+    longer = ArchivedState(tokens(1, 2, 3), checkpoint_positions=frozenset({2}))
+    archive.put(longer, StatePayload(bytes(500), {2: b"c"}))
+    assert archive.entries == (longer,)
+    archive.close()
+
+
+def test_short_sequences_are_not_written(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    archive = Archive(10_000, store, min_stored_tokens=3)
+    archive.put(ArchivedState(tokens(1, 2)), StatePayload(bytes(400)))
+    archive.put(ArchivedState(tokens(4, 5, 6)), StatePayload(bytes(400)))
+    archive.close()
+    assert [e.n_tokens for e in store.entries] == [3]
 
 
 SAVER = """

@@ -247,6 +247,25 @@ async def test_model_that_is_not_loaded_is_not_ready() -> None:
     assert error_of(response)["code"] == "not_ready"
 
 
+UNREADABLE = ToolCallDelta(0, ToolCall("call_0", "", {}), "not a tool call: x")
+
+
+async def test_calls_are_numbered_as_they_are_sent(endpoint: Make) -> None:
+    call = ToolCallDelta(1, ToolCall("call_1", "f", {}))
+    stream = await endpoint([UNREADABLE, call, Finished("tool_calls")]).stream()
+    calls = [call for delta in stream.deltas for call in delta.get("tool_calls", ())]
+    assert [call["index"] for call in calls] == [0]
+    assert stream.chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_reply_without_a_usable_call_does_not_say_that_it_calls(endpoint: Make) -> None:
+    script = [UNREADABLE, Finished("tool_calls")]
+    choice = (await endpoint(script).chat()).json()["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    stream = await endpoint(script).stream()
+    assert stream.chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
 async def test_call_that_cannot_be_read_comes_as_text(endpoint: Make) -> None:
     problem = "a tool call that cannot be read: x"
     unreadable = ToolCallDelta(0, ToolCall("call_0", "", {}), problem)

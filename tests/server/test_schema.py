@@ -165,6 +165,17 @@ def test_tool_choice_none_hides_the_tools() -> None:
     "fields",
     [
         {"tools": [{"type": "web_search"}]},
+        {"tools": [{"type": "function", "function": {"name": "a>\n</function>"}}]},
+        {
+            "tools": [
+                {"type": "function", "function": {"name": "a", "parameters": {"properties": []}}}
+            ]
+        },
+        {
+            "tools": [
+                {"type": "function", "function": {"name": "a", "parameters": {"required": [1]}}}
+            ]
+        },
         {"tool_choice": "always"},
         {"tool_choice": {"type": "function"}},
         {"frequency_penalty": 3},
