@@ -26,6 +26,7 @@ from nanorun.model.chat import (
     Usage,
 )
 from nanorun.plan.shape import ModelShape, shape_of_recipe
+from nanorun.runtime.options import EngineOptions
 from tests.model.known_archs import TINY_MOE
 
 Step: TypeAlias = Event | float | asyncio.Event | Exception
@@ -182,6 +183,7 @@ class FakeClient:
     requests: list[FakeRequest] = field(default_factory=list)
     n_starts: int = 0
     n_closes: int = 0
+    options: EngineOptions = field(default_factory=EngineOptions)
 
     @classmethod
     def playing(cls, *scripts: list[Step], **options: Any) -> FakeClient:

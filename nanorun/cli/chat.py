@@ -8,7 +8,7 @@ from nanorun.cli import endpoints
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal
 from nanorun.cli.models import display_name, find_model, state_folder
-from nanorun.cli.planning import plan_opening
+from nanorun.cli.planning import memory_facts, plan_opening
 from nanorun.errors import UsageError
 
 
@@ -47,6 +47,11 @@ def command(
         model, path, n_ctx, command="chat", speculation=draft, state_dir=state_folder(keep=state)
     )
     client = EngineClient(path, opening.options, smaller=opening.smaller)
-    app = NanorunApp(client, model_name=display_name(model), options=settings)
+    app = NanorunApp(
+        client,
+        model_name=display_name(model),
+        options=settings,
+        memory=lambda: memory_facts(opening, client.options, client.pid),
+    )
     app.run()
     return app.return_code or 0

@@ -126,6 +126,8 @@ def _cores(hardware: Hardware) -> str:
 
 
 def _disk(hardware: Hardware) -> str:
+    if not hardware.disk_free_bytes:
+        return "there is no home folder that could be measured"
     text = f"{format_gib(hardware.disk_free_bytes)} free in the home folder"
     return text + (f", reads {_rate(hardware.disk_bandwidth)}" if hardware.disk_bandwidth else "")
 

@@ -27,7 +27,7 @@ def command(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...",
+            metavar="MODEL",
             help="Library name (pico) or path of a GGUF file; several with --against.",
         ),
     ],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,9 +133,15 @@ def command(
 
     if plot is not None and plot.suffix.lower() != ".svg":
         raise UsageError(f"--plot {plot}: the file's name must end in .svg")
+    if measure_speed and hardware is not None:
+        raise UsageError(
+            "--measure-speed times this machine, and --hardware describes another one",
+            tries=[f"nanorun plan {model} --measure-speed"],
+        )
     shapes = shapes_of_model(model, recipe)
     default = min(opt.DEFAULT_N_CTX, shapes[0].arch.n_ctx_train)
     wish = parse_wish(n_ctx, default_n_ctx=default, n_parallel=n_parallel, kv=kv)
+    wish = replace(wish, command=_with_machine(hardware, device, vram, ram))
     machine = _machine(hardware, device, vram, ram)
     try:
         plan = plan_model(shapes, machine, wish)
@@ -176,6 +184,14 @@ def _machine(profile: Path | None, device: str, vram: str | None, ram: str | Non
         vram=None if vram is None else parse_size(vram),
         ram=None if ram is None else parse_size(ram),
     )
+
+
+def _with_machine(profile: Path | None, device: str, vram: str | None, ram: str | None) -> str:
+    """The command with the flags that describe the machine, for suggestions."""
+    flags = {"--device": None if device == "auto" else device, "--vram": vram, "--ram": ram,
+             "--hardware": profile}  # fmt: skip
+    given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
+    return shlex.join(["plan", *chain.from_iterable(given)])
 
 
 def _calibrated(plan: Plan, *, measure: bool) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,6 @@ from nanorun.errors import UsageError
 from nanorun.model.units import format_gib
 
 if TYPE_CHECKING:
-    from nanorun.plan.hardware import Hardware
     from nanorun.plan.memory_plan import Plan, Wish
     from nanorun.runtime.options import EngineOptions
 
@@ -64,39 +64,15 @@ def engine_options(plan: Plan) -> EngineOptions:
     )  # fmt: skip
 
 
-def plan_engine_options(path: Path, wish: Wish, hardware: Hardware | None = None) -> EngineOptions:
-    """How to open a file on a machine, this one if none is given.
-
-    Raises:
-        UsageError: If the wish cannot be meant.
-        ModelError: If the file is damaged or no model that nanorun runs.
-        MemoryPlanError: If nothing fits.
-    """
-    return engine_options(_plan_file(path, wish, hardware))
-
-
-def smaller_plans(
-    path: Path, wish: Wish, hardware: Hardware | None = None
-) -> list[tuple[EngineOptions, str]]:
-    """What to try, one after the other, when memory runs out with the options for this wish.
-
-    Each comes with what it changes compared to the one before it.
-
-    Raises:
-        NanorunError: As `plan_engine_options`.
-    """
-    return _smaller_options(_plan_file(path, wish, hardware))
-
-
 @dataclass(frozen=True, slots=True)
 class Opening:
     """How a command opens its engine."""
 
     options: EngineOptions
     smaller: tuple[tuple[EngineOptions, str], ...]
-    """What to try, one after the other, when memory runs out; see `smaller_plans`."""
-    planned_bytes: int
-    """What the engine's process is to take of main memory, before any prompt is saved."""
+    """What to try, one after the other, when memory runs out, each with what it changes."""
+    planned_bytes: Mapping[EngineOptions, int]
+    """What the engine's process is to take of main memory so opened, before any prompt is saved."""
 
 
 def plan_opening(
@@ -123,10 +99,13 @@ def plan_opening(
         state_dir: See `EngineOptions`.
 
     Raises:
-        NanorunError: As `plan_engine_options`.
+        UsageError: If the flags cannot be meant.
+        ModelError: If the file is damaged or no model that nanorun runs.
+        MemoryPlanError: If nothing fits.
     """
     from nanorun.plan.hardware import detect_hardware
     from nanorun.plan.memory_plan import plan_model
+    from nanorun.plan.smaller import smaller_plans
 
     shape = shape_of_file(model, path)
     default = min(DEFAULT_N_CTX, shape.arch.n_ctx_train)
@@ -138,37 +117,39 @@ def plan_opening(
     for line in plan.why:
         log.debug("plan: %s", line)
 
-    def opened(options: EngineOptions) -> EngineOptions:
-        return replace(options, state_dir=state_dir)
+    def opened(plan: Plan) -> EngineOptions:
+        return replace(engine_options(plan), state_dir=state_dir)
 
+    smaller = smaller_plans(plan)
     return Opening(
-        options=opened(engine_options(plan)),
-        smaller=tuple((opened(options), change) for options, change in _smaller_options(plan)),
-        planned_bytes=plan.uses[-1].total_bytes - plan.uses[-1].checkpoint_bytes,
+        options=opened(plan),
+        smaller=tuple((opened(less.plan), less.change) for less in smaller),
+        planned_bytes={
+            opened(p): p.uses[-1].total_bytes - p.uses[-1].checkpoint_bytes
+            for p in (plan, *(less.plan for less in smaller))
+        },
     )
 
 
-def log_memory(opening: Opening, pid: int | None) -> None:
-    """Log what the engine's process was planned to take and what it takes once it has loaded."""
-    if pid is None or not log.isEnabledFor(logging.DEBUG):
-        return
+def memory_facts(opening: Opening, options: EngineOptions, pid: int | None) -> str | None:
+    """What the engine's process was planned to take, and takes now; None without a process.
+
+    Args:
+        opening: How the command opens its engine.
+        options: How it is open, which is smaller where memory ran out.
+        pid: Its process.
+    """
+    if pid is None:
+        return None
     import psutil
 
     with suppress(psutil.Error):
-        resident = int(psutil.Process(pid).memory_info().rss)
-        planned = format_gib(opening.planned_bytes)
-        log.debug("memory: %s planned, %s resident after loading", planned, format_gib(resident))
+        resident = format_gib(int(psutil.Process(pid).memory_info().rss))
+        return f"{format_gib(opening.planned_bytes[options])} planned, {resident} resident"
+    return None
 
 
-def _plan_file(path: Path, wish: Wish, hardware: Hardware | None) -> Plan:
-    from nanorun.plan.hardware import detect_hardware
-    from nanorun.plan.memory_plan import plan_model
-
-    shape = shape_of_file(str(path), path)
-    return plan_model([shape], hardware or detect_hardware(), wish)
-
-
-def _smaller_options(plan: Plan) -> list[tuple[EngineOptions, str]]:
-    from nanorun.plan.smaller import smaller_plans
-
-    return [(engine_options(smaller.plan), smaller.change) for smaller in smaller_plans(plan)]
+def log_memory(opening: Opening, options: EngineOptions, pid: int | None) -> None:
+    """Log `memory_facts` once the model has loaded."""
+    if log.isEnabledFor(logging.DEBUG) and (facts := memory_facts(opening, options, pid)):
+        log.debug("memory: %s after loading", facts)

@@ -194,7 +194,7 @@ def open_client(
     path = find_model(model)
     opening = plan_opening(model, path, n_ctx, command="run", speculation=draft)
     client = EngineClient(path, opening.options, smaller=opening.smaller)
-    return client, lambda: log_memory(opening, client.pid)
+    return client, lambda: log_memory(opening, client.options, client.pid)
 
 
 async def _answer(

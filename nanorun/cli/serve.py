@@ -150,7 +150,7 @@ async def _serve(
         status.show(f"loading {name} ...")
         info = await client.start()
         status.clear()
-        log_memory(opening, client.pid)
+        log_memory(opening, client.options, client.pid)
         greeting = (
             f"serving {name} on {url_of(listener)} "
             f"(n_ctx {info.n_ctx}, {settings.n_parallel} in parallel, {info.device})"

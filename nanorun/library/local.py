@@ -38,11 +38,16 @@ def states_folder() -> Path:
 
 def _cache_folder() -> Path:
     named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    import platformdirs
+    try:
+        if named:
+            return Path(named).expanduser()
+        import platformdirs
 
-    return Path(platformdirs.user_cache_dir("nanorun"))
+        return Path(platformdirs.user_cache_dir("nanorun"))
+    except RuntimeError as error:
+        raise NanorunError(
+            "there is no home folder to keep models in", tries=[f"export {CACHE_VARIABLE}=FOLDER"]
+        ) from error
 
 
 def resolve_model(name_or_path: str, *, progress: Progress | None = None) -> Path:

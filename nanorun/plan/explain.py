@@ -163,8 +163,17 @@ def shortfall(use: DeviceUse, settings: Settings, hardware: Hardware) -> list[st
     return facts
 
 
-def what_would_help(shape: ModelShape, wish: Wish, longest: int | None) -> list[str]:
-    """Commands that would work, nearest to the wish first; the last ones need another machine."""
+def what_would_help(
+    shape: ModelShape, wish: Wish, longest: int | None, *, has_choice: bool
+) -> list[str]:
+    """Commands that may work, nearest to the wish first; the last ones need another machine.
+
+    Args:
+        shape: The model, in the smallest recipe that was considered.
+        wish: What was asked.
+        longest: The longest context that would fit.
+        has_choice: Whether more than one recipe was considered.
+    """
     again = f"nanorun {wish.command} {shlex.quote(shape.name)}"
     n_ctx = wish.n_ctx or "max"
     tries: list[str] = []
@@ -172,6 +181,10 @@ def what_would_help(shape: ModelShape, wish: Wish, longest: int | None) -> list[
         tries.append(f"{again} --n-ctx {longest}")
     if wish.type_kv is GgmlType.F16:
         tries.append(f"{again} --n-ctx {n_ctx} --kv q8_0")
+    if not has_choice and shape.repository:
+        # Planned anew from its source, the model gets the recipe that fits.
+        command = wish.command if wish.command.startswith("plan") else "plan"
+        tries.append(f"nanorun {command} {shlex.quote(shape.repository)} --n-ctx {n_ctx}")
     if wish.n_parallel > 1:
         tries.append(f"{again} --n-ctx {n_ctx} --parallel 1")
     if shape.name != "nano-4b":

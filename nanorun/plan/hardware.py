@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -71,6 +72,7 @@ class Hardware:
     unusable: tuple[Accelerator, ...] = ()
     """GPUs that are there, but that the installed engine was not built for."""
     disk_free_bytes: int = 0
+    """In the home folder; 0 if unknown."""
     disk_bandwidth: float = 0.0
     """Bytes read per second where models are kept; 0 if unknown."""
 
@@ -132,18 +134,26 @@ def detect_hardware() -> Hardware:
         host=host,
         accelerators=tuple(found) if can_use else (),
         unusable=() if can_use else tuple(found),
-        disk_free_bytes=shutil.disk_usage(Path.home()).free,
+        disk_free_bytes=_disk_free_bytes(),
     )
 
 
+def _disk_free_bytes() -> int:
+    # Services and containers may have no home folder, or a user without any.
+    with suppress(OSError, RuntimeError):
+        return shutil.disk_usage(Path.home()).free
+    return 0
+
+
 def read_profile(path: Path) -> Hardware:
-    """A machine described by a JSON file, in the form that `as_profile` gives.
+    """A machine described by a JSON file: what `as_profile` gives, or `nanorun doctor --json`.
 
     Raises:
         UsageError: If the file is none.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        data = data.get("hardware", data) if isinstance(data, dict) else data
         return Hardware(
             name=data["name"],
             host=Host(**data["host"]),

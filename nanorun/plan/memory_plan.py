@@ -53,7 +53,7 @@ class Wish:
     """What guesses tokens ahead: `off`, `lookup` or `mtp`; see `EngineOptions`."""
     n_draft: int = 3
     command: str = "plan"
-    """The command that has the wish, for suggestions."""
+    """The command that has the wish, with the flags that suggestions should keep."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _plan(
     else:
         plan = _choose_recipe(shapes, hardware, wish, calibration)
     if plan is None:
-        raise _no_plan(shapes[-1], hardware, wish)
+        raise _no_plan(shapes, hardware, wish)
     return plan
 
 
@@ -144,7 +144,7 @@ def _choose_recipe(
                     where = " and ".join(gpu.name for gpu in hardware.accelerators)
                     reason = f"the most bits of which everything fits {where}"
                     return replace(whole, recipe_reason=reason)
-    precise = [shape for shape in shapes if shape.bpw >= _ENOUGH_BITS]
+    precise = [shape for shape in shapes if shape.fewest_bits >= _ENOUGH_BITS]
     plans = [p for s in precise if (p := plan_shape(s, hardware, wish, calibration))]
     if plans:
         fastest = max(plans, key=lambda plan: plan.speed.decode_tps)
@@ -385,7 +385,8 @@ def _with_checkpoints(shape: ModelShape, hardware: Hardware, settings: Settings)
     )
 
 
-def _no_plan(shape: ModelShape, hardware: Hardware, wish: Wish) -> MemoryPlanError:
+def _no_plan(shapes: Sequence[ModelShape], hardware: Hardware, wish: Wish) -> MemoryPlanError:
+    shape = shapes[-1]
     n_ctx = wish.n_ctx or _N_CTX_STEP
     settings = _with_least_checkpoints(shape, _smallest(replace(wish, n_ctx=n_ctx), hardware))
     if not hardware.is_unified:
@@ -396,5 +397,5 @@ def _no_plan(shape: ModelShape, hardware: Hardware, wish: Wish) -> MemoryPlanErr
         f"{shape.name} at n_ctx {n_ctx:,} needs {format_gib(use.total_bytes)} at least,"
         f" but {use.name} has {format_gib(use.free_bytes)} free",
         facts=explain.shortfall(use, settings, hardware),
-        tries=explain.what_would_help(shape, wish, longest),
+        tries=explain.what_would_help(shape, wish, longest, has_choice=len(shapes) > 1),
     )

@@ -6,6 +6,8 @@ The engine is not imported here: the child is `python -m nanorun.runtime.probe`.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanorun.errors import EngineDied, EngineError
+from nanorun.errors import EngineDied, EngineError, process_ending
 from nanorun.plan.memory_use import Settings
 
 _TIMEOUT_S = 180.0
@@ -119,13 +121,16 @@ def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     command = [sys.executable, "-m", "nanorun.runtime.probe"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_s
-        )
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_s,
+            # ggml would start a debugger to print a backtrace of an abort.
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise EngineDied(f"the engine gave no answer in {timeout_s:.0f} s") from error
     if done.returncode:
         raise EngineDied(
-            f"the engine ended with {_exit_text(done.returncode)}", facts=list(_tail(done.stderr))
+            f"the engine's process {process_ending(done.returncode)}",
+            facts=list(_last_words(done.returncode, done.stderr)),
         )
     answer: dict[str, Any] = json.loads(done.stdout)
     if "error" in answer:
@@ -133,11 +138,7 @@ def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
     return answer
 
 
-def _exit_text(code: int) -> str:
-    if code == -9:
-        return "SIGKILL, as the system does when memory runs out"
-    return f"signal {-code}" if code < 0 else f"exit code {code}"
-
-
-def _tail(text: str, n_lines: int = 4) -> Iterator[str]:
+def _last_words(code: int, text: str, n_lines: int = 4) -> Iterator[str]:
+    if hasattr(signal, "SIGKILL") and code == -signal.SIGKILL:
+        yield "the system does that when memory runs out"
     yield from [line for line in text.splitlines() if line.strip()][-n_lines:]

@@ -15,8 +15,8 @@ from nanorun.model.gguf import GgufFile
 from nanorun.model.tensor_roles import Role, role_of
 
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")
-# Recipes for a number format of certain devices; they are taken when asked for.
-_FOR_FORMATS = ("nvfp4", "mxfp4", "spark")
+# Recipes for a number format or a machine of their own; they are taken when asked for.
+_NOT_CHOSEN = ("nvfp4_moe", "mxfp4_moe", "spark")
 EXPERT_ROLES = (Role.EXPERT_UP, Role.EXPERT_DOWN)
 
 
@@ -69,6 +69,11 @@ class ModelShape:
     def bpw(self) -> float:
         """Bits per weight."""
         return 8 * self.weights_bytes / max(1, self.n_params)
+
+    @property
+    def fewest_bits(self) -> float:
+        """Bits per weight of the type that has the fewest."""
+        return min(tensor.type.bpw for tensor in self.tensors)
 
     @cached_property
     def layers(self) -> tuple[LayerBytes, ...]:
@@ -140,7 +145,7 @@ def shapes_of_recipes(
     """The shapes that nanorun's own recipes give, the largest first."""
     from nanorun_quant.recipes import RECIPES
 
-    shapes = [shape_of_recipe(name, arch, r, repository) for r in RECIPES if r not in _FOR_FORMATS]
+    shapes = [shape_of_recipe(name, arch, r, repository) for r in RECIPES if r not in _NOT_CHOSEN]
     shapes.sort(key=lambda shape: -shape.weights_bytes)
     return shapes
 

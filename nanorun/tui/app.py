@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +46,7 @@ class NanorunApp(App[None]):
         model_name: What to call the model; by default its own name, once it is loaded.
         options: How to answer; `think` is where the reasoning dial stands at first.
         endpoint: What the client talks to, if that is not an engine on this machine.
+        memory: What the engine was planned to take and takes, for the person to see.
     """
 
     CSS_PATH = "app.tcss"
@@ -61,12 +62,14 @@ class NanorunApp(App[None]):
         model_name: str = "",
         options: GenerateOptions | None = None,
         endpoint: str = "",
+        memory: Callable[[], str | None] = lambda: None,
     ) -> None:
         super().__init__()
         self._client = client
         self._model_name = model_name
         self._options = options or GenerateOptions()
         self._endpoint = endpoint
+        self._memory = memory
 
     def on_mount(self) -> None:
         """Dress the app."""
@@ -95,6 +98,7 @@ class NanorunApp(App[None]):
             model_name=self._model_name,
             options=self._options,
             endpoint=self._endpoint,
+            memory=self._memory,
         )
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:

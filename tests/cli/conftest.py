@@ -43,6 +43,7 @@ class FakeEngine:
         keep_alive_s: float | None = None,
     ) -> FakeClient:
         self.path, self.options = path, options
+        self.client.options = options
         self.smaller, self.keep_alive_s = smaller, keep_alive_s
         return self.client
 

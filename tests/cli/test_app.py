@@ -31,6 +31,16 @@ def test_help_of_a_command_begins_as_the_list_says(command: str) -> None:
     assert load_command(command).help.splitlines()[0] == COMMANDS[command]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_marks_what_may_be_left_out_and_says_each_default_once(
+    nanorun: Run, command: str
+) -> None:
+    text = " ".join(nanorun(command, "--help").out.split())
+    assert "{" not in text.partition("Options:")[0] and "}" not in text.partition("Options:")[0]
+    for entry in text.split(" --"):
+        assert entry.count("[default:") <= 1
+
+
 def test_help_is_printed_for_h_too(nanorun: Run) -> None:
     assert nanorun("run", "-h") == nanorun("run", "--help")
 

@@ -137,11 +137,27 @@ def test_nan_is_exit_code_3_and_names_the_tensor(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("name", ["~nobody_of_this_name/model", "a" * 300])
+def test_source_of_an_impossible_name_is_refused(name: str, tmp_path: Path) -> None:
+    run = nanorun(name, cwd=tmp_path)
+    assert run.returncode == ExitCode.MODEL
+    assert run.stderr.startswith("nanorun: error:")
+    assert "cannot be opened: " in run.stderr
+
+
+def test_missing_gguf_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    run = nanorun("models/nano.gguf", cwd=tmp_path)
+    assert (run.returncode, run.stderr) == (
+        ExitCode.MODEL, "nanorun: error: models/nano.gguf: No such file or directory\n",
+    )  # fmt: skip
+
+
 def test_ctrl_c_on_a_terminal_is_exit_code_130_and_can_be_gone_on_from(tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
     write_source_model(
         tmp_path / "source", pattern="ME" * 8, hidden_size=512, moe_intermediate_size=512
     )
+    (tmp_path / "source-iq4_nl-old.gguf.part").write_bytes(b"of another conversion")
     terminal, theirs = pty.openpty()
     command = [sys.executable, "-m", "nanorun", "convert", "source", "--recipe", "iq4_nl"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs) as process:
@@ -156,12 +172,12 @@ def test_ctrl_c_on_a_terminal_is_exit_code_130_and_can_be_gone_on_from(tmp_path:
     os.close(terminal)
     assert process.returncode == ExitCode.INTERRUPTED
     assert b"stopped; source-iq4_nl.gguf was not written" in shown
-    assert b"the same command goes on from" in shown
+    assert b"the same command goes on from source-iq4_nl.gguf.part;" in shown
     assert stdout == b""
     assert not (tmp_path / "source-iq4_nl.gguf").exists()
     again = nanorun("source", "--recipe", "iq4_nl", "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["resumed"] is True
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "source-iq4_nl.gguf"]
+    assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["source-iq4_nl.gguf"]
 
 
 def read_terminal(terminal: int) -> bytes:

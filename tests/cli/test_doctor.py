@@ -30,6 +30,14 @@ def test_sound_machine_has_no_problems(
     assert "no problems found" in out
 
 
+def test_room_on_a_disk_that_is_not_known_is_not_called_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detected(monkeypatch, replace(profile("rtx-4090"), disk_free_bytes=0))
+    assert invoke(["doctor"]) == 0
+    assert "there is no home folder" in capsys.readouterr().out
+
+
 def test_cores_of_two_kinds_and_measured_speeds_are_shown(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,8 @@ from nanorun.errors import ModelError, UsageError
 from nanorun.model.ggml_type import GgmlType
 from tests.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import TINY_LATENT_MTP, TINY_PUZZLE
+from tests.quantized_sources import nvfp4_modelopt, write_quantized_model
+from tests.source_models import write_source_model
 
 ARCH = TINY_LATENT_MTP
 NANORUN_KEYS = {
@@ -106,6 +108,28 @@ def test_source_model_shows_its_own_tensors(
     assert "backbone.embeddings.weight" in {t["name"] for t in shown["tensors"]}
     assert invoke(["inspect", str(pico_source)]) == 0
     assert re.search(r"^all +bf16 ", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_quantized_source_model_is_counted_in_numbers_not_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 192, "num_attention_heads": 3}
+    whole = write_source_model(tmp_path / "whole", **sizes)
+    packed, _ = write_quantized_model(
+        tmp_path / "packed", lambda name: nvfp4_modelopt if ".experts." in name else None, **sizes
+    )
+    n_params = inspect_json(capsys, whole)["n_params"]
+    assert inspect_json(capsys, packed)["n_params"] == n_params
+
+
+def test_source_model_that_cannot_be_converted_as_it_is_names_the_command_that_can(
+    tmp_path: Path,
+) -> None:
+    mtp = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "**"}
+    folder = write_source_model(tmp_path / "model", config=mtp)
+    with pytest.raises(ModelError) as caught:
+        invoke(["inspect", str(folder)])
+    assert caught.value.tries == (f"nanorun convert {folder} --no-mtp",)
 
 
 def test_damaged_file_is_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

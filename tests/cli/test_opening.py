@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,16 +103,26 @@ def test_file_is_named_as_the_person_named_it(
 
 
 def test_memory_is_logged_beside_the_plan(caplog: pytest.LogCaptureFixture) -> None:
-    opening = Opening(options=EngineOptions(), smaller=(), planned_bytes=GIB)
-    log_memory(opening, os.getpid())
+    first, smaller = EngineOptions(), EngineOptions(n_ctx=2048)
+    opening = Opening(first, ((smaller, "less"),), planned_bytes={first: 2 * GIB, smaller: GIB})
+    log_memory(opening, first, os.getpid())
     assert caplog.messages == []
     with caplog.at_level(logging.DEBUG, "nanorun"):
-        log_memory(opening, os.getpid())
-        log_memory(opening, None)
-        log_memory(replace(opening), 2**22 + 1)  # no such process
-    (message,) = caplog.messages
-    assert message.startswith("memory: 1.0 GiB planned, ")
-    assert message.endswith(" resident after loading")
+        log_memory(opening, first, os.getpid())
+        log_memory(opening, smaller, os.getpid())
+        log_memory(opening, first, None)
+        log_memory(opening, first, 2**22 + 1)  # no such process
+    assert [m.partition(", ")[0] for m in caplog.messages] == [
+        "memory: 2.0 GiB planned", "memory: 1.0 GiB planned",
+    ]  # fmt: skip
+    assert all(m.endswith(" resident after loading") for m in caplog.messages)
+
+
+def test_every_way_to_open_a_model_has_its_memory(pico_gguf: Path) -> None:
+    opening = plan_opening("pico", pico_gguf, None, command="chat", state_dir="/states")
+    assert opening.smaller
+    for options in (opening.options, *(options for options, _ in opening.smaller)):
+        assert opening.planned_bytes[options] > pico_gguf.stat().st_size
 
 
 def test_verbose_tells_of_the_plan(

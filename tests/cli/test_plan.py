@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 
 from nanorun.cli.app import invoke
-from nanorun.cli.planning import parse_wish, plan_engine_options, smaller_plans
+from nanorun.cli.planning import engine_options, parse_wish
+from nanorun.cli.shapes import shape_of_file
 from nanorun.errors import MemoryPlanError, UsageError
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import expected_tensors
+from nanorun.plan.memory_plan import plan_model
+from nanorun.plan.smaller import smaller_plans
 from nanorun.runtime.options import EngineOptions
 from nanorun_converters.shape_file import write_shape
 from tests.builders import arch_tensors, gguf_metadata, write_gguf
@@ -130,6 +133,22 @@ def test_bad_wishes_end_with_their_code(
     assert result.err.startswith("nanorun: error:")
 
 
+def test_suggestions_keep_the_machine_that_was_described(nanorun: Any) -> None:
+    result: Result = nanorun("plan", "nano:q4", "--n-ctx", "1M", "--ram", "18GiB", "--kv", "f16",
+                             "--hardware", str(FOLDER / "cpu-24g.json"))  # fmt: skip
+    assert result.code == 4
+    machine = f"--ram 18GiB --hardware {FOLDER / 'cpu-24g.json'}"
+    (shorter,) = [line for line in result.err.splitlines() if "nano:q4 --n-ctx" in line
+                  and "--kv" not in line]  # fmt: skip
+    assert f"nanorun plan {machine} nano:q4 --n-ctx " in shorter
+    assert nanorun(*shorter.split("nanorun ")[1].split()).code == 0
+
+
+def test_speed_of_another_machine_cannot_be_measured() -> None:
+    with pytest.raises(UsageError, match="--measure-speed times this machine"):
+        invoke(["plan", "nano:q4", "--measure-speed", *ON_4090])
+
+
 def test_recipe_of_a_file_is_refused(tiny: Path) -> None:
     with pytest.raises(UsageError, match="is for models that are still to be converted"):
         invoke(["plan", str(tiny), "--recipe", "q4"])
@@ -137,7 +156,7 @@ def test_recipe_of_a_file_is_refused(tiny: Path) -> None:
 
 def test_options_open_the_engine_as_planned(tiny: Path) -> None:
     wish = parse_wish("2048", default_n_ctx=8192, n_parallel=2)
-    options = plan_engine_options(tiny, wish, profile("rtx-4090"))
+    options = engine_options(plan_model([shape_of_file("tiny", tiny)], profile("rtx-4090"), wish))
     assert isinstance(options, EngineOptions)
     assert (options.n_ctx, options.n_parallel, options.n_gpu_layers) == (2048, 2, -1)
     assert options.type_k == "f16"
@@ -150,12 +169,16 @@ def test_options_leave_experts_on_the_host_where_the_plan_does(tmp_path: Path) -
              for s in expected_tensors(NANO).values()}  # fmt: skip
     write_shape(path, NANO, types)
     wish = parse_wish("32k", default_n_ctx=8192)
-    options = plan_engine_options(path, wish, profile("rtx-3060-12g"))
+    plan = plan_model([shape_of_file("nano", path)], profile("rtx-3060-12g"), wish)
+    options = engine_options(plan)
     assert options.n_gpu_layers == -1
     assert 0 < options.n_cpu_moe < 52
-    changes = smaller_plans(path, wish, profile("rtx-3060-12g"))
-    assert [o.n_cpu_moe for o, _ in changes] == sorted(o.n_cpu_moe for o, _ in changes)
-    assert changes[0][1].startswith(f"blocks with experts in main memory {options.n_cpu_moe} -> ")
+    smaller = smaller_plans(plan)
+    n_cpu_moe = [engine_options(less.plan).n_cpu_moe for less in smaller]
+    assert n_cpu_moe == sorted(n_cpu_moe)
+    assert smaller[0].change.startswith(
+        f"blocks with experts in main memory {options.n_cpu_moe} -> "
+    )
 
 
 @pytest.mark.parametrize(("text", "n_ctx"), [(None, 8192), ("max", None), ("1M", 1048576)])

@@ -181,3 +181,15 @@ def test_unknown_name_offers_the_nearest() -> None:
     with pytest.raises(UsageError) as caught:
         resolve_model("pica")
     assert "nearest: pico" in caught.value.render()
+
+
+def test_person_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME", "NANORUN_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(NanorunError, match="there is no home folder to keep models in") as caught:
+        models_folder()
+    assert caught.value.tries == ("export NANORUN_CACHE_DIR=FOLDER",)
+    monkeypatch.setenv("NANORUN_CACHE_DIR", "~/elsewhere")
+    with pytest.raises(NanorunError, match="there is no home folder"):
+        models_folder()

@@ -201,6 +201,25 @@ def test_file_that_is_no_profile_is_refused(text: str, tmp_path: Path) -> None:
         read_profile(path)
 
 
+def test_what_doctor_prints_is_a_profile(tmp_path: Path) -> None:
+    machine, path = profile("rtx-4090"), tmp_path / "doctor.json"
+    path.write_text(json.dumps({"nanorun": "0.1.0", "hardware": as_profile(machine)}))
+    assert read_profile(path) == machine
+
+
+@pytest.mark.parametrize("has_name", [True, False])
+def test_machine_is_detected_without_a_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_name: bool
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "gone"))
+    if not has_name:  # neither HOME nor an entry for the user, as in many containers
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    machine = detect_hardware()
+    assert machine.disk_free_bytes == 0
+    assert machine.host.available_bytes > 0
+
+
 @pytest.mark.parametrize("device", ["cuda:1", "CUDA1", "cuda1"])
 def test_devices_are_named_in_any_spelling(device: str) -> None:
     (gpu,) = profile("2x-rtx-3090").restricted(device).accelerators

@@ -75,6 +75,24 @@ def test_four_bits_stay_on_the_card(machine: str, recipe: str, n_ctx: int) -> No
     assert (made.settings.n_gpu_layers, made.settings.n_cpu_moe) == (-1, 0)
 
 
+def test_recipes_for_a_number_format_are_taken_only_when_asked_for() -> None:
+    # NVFP4 lies between two recipes: with this much memory it would be the largest that fits.
+    machine = profile("rtx-4090").restricted(vram=19 * GIB)
+    assert plan_model(shapes(), machine, Wish(n_ctx=32 * K)).shape.recipe == "q4"
+    assert not {shape.recipe for shape in shapes()} & {"spark", "nvfp4_moe", "mxfp4_moe"}
+
+
+def test_recipe_that_does_not_fit_comes_with_the_choice_of_another() -> None:
+    asked = shape_of_recipe("nano:q8", NANO, "q8", "nvidia/nano")
+    machine = profile("cpu-24g")
+    with pytest.raises(MemoryPlanError) as caught:
+        plan_model([asked], machine, Wish(n_ctx=32 * K))
+    assert "nanorun plan nvidia/nano --n-ctx 32768" in caught.value.tries
+    with pytest.raises(MemoryPlanError) as caught:
+        plan_model(shapes(), machine.restricted(ram=GIB), Wish(n_ctx=32 * K))
+    assert not any("--n-ctx" in command for command in caught.value.tries)
+
+
 def test_experts_go_to_the_host_before_layers_do() -> None:
     made = plan_model([q4_0()], profile("rtx-3060-12g"), Wish(n_ctx=32 * K))
     assert made.settings.n_gpu_layers == -1

@@ -112,9 +112,12 @@ async def chatting(
     options: GenerateOptions | None = None,
     model_name: str = "",
     endpoint: str = "",
+    memory: Callable[[], str | None] = lambda: None,
 ) -> AsyncIterator[Chat]:
     """The chat with a client, started and ready (or as ready as the client gets)."""
-    app = NanorunApp(client, model_name=model_name, options=options, endpoint=endpoint)
+    app = NanorunApp(
+        client, model_name=model_name, options=options, endpoint=endpoint, memory=memory
+    )
     notes: list[str] = []
     notify = app.notify
 

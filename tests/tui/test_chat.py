@@ -26,6 +26,19 @@ async def test_chat_shows_the_model_and_takes_a_question() -> None:
         assert chat.screen.focused is chat.screen.composer
 
 
+async def test_chat_shows_memory_once_the_model_is_loaded() -> None:
+    client = SlowLoadingClient()
+
+    def memory() -> str | None:
+        return "2.0 GiB planned, 1.9 GiB resident" if client.loaded.is_set() else None
+
+    async with chatting(client, memory=memory) as chat:
+        assert "memory:" not in chat.text
+        client.loaded.set()
+        await chat.until(lambda: chat.state == "ready")
+        await chat.until(lambda: "memory: 2.0 GiB planned, 1.9 GiB resident" in chat.text)
+
+
 async def test_chat_calls_the_model_as_it_was_asked_to() -> None:
     async with chatting(FakeClient(), model_name="my[bold]model") as chat:
         assert "my[bold]model  ready" in chat.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -50,7 +51,13 @@ class ChatScreen(Screen[None]):
     think: reactive[str | int] = reactive("medium", init=False)
 
     def __init__(
-        self, client: Client, *, model_name: str, options: GenerateOptions, endpoint: str = ""
+        self,
+        client: Client,
+        *,
+        model_name: str,
+        options: GenerateOptions,
+        endpoint: str = "",
+        memory: Callable[[], str | None] = lambda: None,
     ) -> None:
         super().__init__()
         self.messages: list[Message] = []
@@ -60,6 +67,7 @@ class ChatScreen(Screen[None]):
         self._model_name = model_name
         self._options = options
         self._endpoint = endpoint
+        self._memory = memory
         self._info: ModelInfo | None = None
         self._generation: Generation | None = None
         self._is_stopping = False
@@ -158,6 +166,8 @@ class ChatScreen(Screen[None]):
         lines = [Content.styled("nanorun", "bold $text-primary")]
         if self._info is not None:
             lines.append(Content(_model_facts(self._info, is_remote=bool(self._endpoint))))
+            if memory := self._memory():
+                lines.append(Content(f"memory: {memory}"))
         lines.append(
             Content("Ask something. Ctrl+R sets how long it may think, Ctrl+P shows all commands.")
         )
