@@ -3,7 +3,8 @@
     python bench/pico.py [--recipes bf16 q8_0 ...] [--n 200] [--think high off ...] [--update]
 
 Prints a Markdown table; with `--update` also writes it into pico's README.md. All recipes
-get an importance matrix, of 100 of pico's own conversations.
+get an importance matrix, of 100 of pico's own conversations; NAME+feedback is the recipe with error
+feedback.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from quant import conversations  # noqa: E402
 N_PARALLEL = 8
 N_CONVERSATIONS = 100
 # From nearly lossless down to where it falls apart.
-RECIPES = ("bf16", "q8_0", "q5", "q4", "iq4_nl", "mxfp4", "16g", "q3", "12g", "q2", "q2_0")
+RECIPES = ("bf16", "q8_0", "q5", "q4", "iq4_nl", "mxfp4", "16g", "q3", "12g", "q2", "q2_0",
+           "q2_0+feedback")  # fmt: skip
 README = ROOT / "nanorun" / "data" / "pico" / "README.md"
 BEGIN, END = "<!-- bench/pico.py -->", "<!-- /bench/pico.py -->"
 
@@ -63,7 +65,7 @@ def imatrix_of(source: Path, folder: Path) -> Path:
     model, out = folder / "for-imatrix.gguf", folder / "imatrix.gguf"
     convert(source, ConvertOptions(out=model, recipe="f32"))
     text = conversations(source, 1, N_CONVERSATIONS)
-    collect_imatrix(model, text, "pico", out, 512, EngineOptions(), special=True)
+    collect_imatrix(model, text, "pico", out, 512, EngineOptions(), special=True, grams=True)
     return out
 
 
@@ -74,13 +76,16 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
     yield "|" + "---|" * (2 + len(args.think))
     with tempfile.TemporaryDirectory() as folder:
         imatrix = imatrix_of(args.source, Path(folder))
-        for recipe in args.recipes:
-            path = Path(folder) / f"pico-{recipe}.gguf"
-            options = ConvertOptions(out=path, recipe=recipe, imatrix=imatrix)
+        for name in args.recipes:
+            path = Path(folder) / f"pico-{name}.gguf"
+            recipe, plus, _ = name.partition("+")
+            options = ConvertOptions(
+                out=path, recipe=recipe, imatrix=imatrix, feedback="auto" if plus else "never"
+            )
             result = convert(args.source, options)
             shares = [asyncio.run(accuracy(path, think, args.n)) for think in args.think]
             cells = " | ".join(f"{share:.1%}" for share in shares)
-            yield f"| {recipe} | {result.bpw:.2f} | {cells} |"
+            yield f"| {name.replace('+', ', ')} | {result.bpw:.2f} | {cells} |"
             path.unlink()
 
 

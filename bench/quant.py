@@ -1,15 +1,17 @@
 """What recipes, padding and the search are worth on pico: bytes against KL divergence.
 
     python bench/quant.py [--work FOLDER] [--part presets|search|sensitivity] [--scale 0.92]
-                          [--quantizer ggml|torch] [--fixed q4 iq4_nl ...]
+                          [--quantizer ggml|torch] [--feedback auto|never] [--fixed q4 iq4_nl ...]
 
 Reference: pico in F32. Imatrix: `nanorun.runtime.imatrix` on one half of the conversations, with
-sensitivities measured on 8 chunks of it; the KL divergence is of the other half, control tokens
-parsed, in chunks of 512, by the method of llama-perplexity. `llama.cpp` rows are made by its
-`llama_model_quantize`, with the same imatrix, from the unpadded F32 file, so they hold its
-fallbacks; `padded` rows are the same preset on padded shapes; `searched` rows have the size of the
-recipe or of llama.cpp's file above, times `--scale`, and are encoded by `--quantizer`, others by
-ggml. `sensitivity` encodes one tensor at a time and compares its KL divergence with the prediction.
+sensitivities measured on 8 chunks of it, and Gram matrices; the KL divergence is of the other half,
+control tokens parsed, in chunks of 512, by the method of llama-perplexity. `llama.cpp` rows are
+made by its `llama_model_quantize`, with the same imatrix, from the unpadded F32 file, so they hold
+its fallbacks; `padded` rows are the same preset on padded shapes, `auto` rows what nanorun makes of
+it; `searched` rows have the size of the recipe or of llama.cpp's file above, times `--scale`, and
+are encoded by `--quantizer` with `--feedback`; others by ggml, as `llama-quantize` does, but for
+`with feedback`. `sensitivity` encodes one tensor at a time and compares its KL divergence with the
+prediction.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ from nanorun_converters.allocate import Measure  # noqa: E402
 from nanorun_converters.convert import ConvertOptions, convert, write_plan  # noqa: E402
 from nanorun_converters.importance import importance  # noqa: E402
 from nanorun_converters.plan import plan_conversion  # noqa: E402
-from nanorun_quant.imatrix import Imatrix, read_imatrix  # noqa: E402
+from nanorun_quant.imatrix import Imatrix  # noqa: E402
+from nanorun_quant.imatrix_file import read_imatrix  # noqa: E402
 from nanorun_quant.recipe import Assignment  # noqa: E402
 
 SOURCE = ROOT / "nanorun" / "data" / "pico"
@@ -106,14 +109,26 @@ def presets(work: Path, imatrix: Path, args: argparse.Namespace) -> Iterator[Ent
         theirs = work / f"{name}-llama.cpp.gguf"
         quantize_with_llama(work / "f32.gguf", theirs, ftype, read_imatrix(imatrix))
         yield Entry(f"{name} llama.cpp", theirs)
-        padded = work / f"{name}-padded.gguf"
-        result = convert(
-            SOURCE,
-            ConvertOptions(out=padded, recipe=name, imatrix=imatrix, quantizer="ggml", force=True),
-        )
-        sizes = " ".join(f"{k} {a}->{b}" for k, (a, b) in result.padding.items())
-        yield Entry(f"{name} padded", padded, sizes)
+        for label, pad in (("auto", "auto"), ("padded", "always")):
+            out = work / f"{name}-{label}.gguf"
+            options = ConvertOptions(
+                out=out, recipe=name, imatrix=imatrix, pad=pad, quantizer="ggml",
+                feedback="never", force=True,
+            )  # fmt: skip
+            result = convert(SOURCE, options)
+            sizes = " ".join(f"{k} {a}->{b}" for k, (a, b) in result.padding.items())
+            yield Entry(f"{name} {label}", out, sizes)
+            yield from with_feedback(options, args)
         yield searched(work, name, theirs, imatrix, args)
+
+
+def with_feedback(options: ConvertOptions, args: argparse.Namespace) -> Iterator[Entry]:
+    """The same file with error feedback, unless that is not wanted."""
+    if args.feedback == "auto":
+        assert options.out is not None
+        out = options.out.with_name(f"{options.out.stem}-feedback.gguf")
+        convert(SOURCE, replace(options, out=out, feedback="auto"))
+        yield Entry("  with feedback", out)
 
 
 def recipes(work: Path, imatrix: Path, args: argparse.Namespace) -> Iterator[Entry]:
@@ -121,16 +136,18 @@ def recipes(work: Path, imatrix: Path, args: argparse.Namespace) -> Iterator[Ent
     for name in args.fixed:
         out = work / f"{name}.gguf"
         options = ConvertOptions(
-            out=out, recipe=name, imatrix=imatrix, quantizer="ggml", force=True
+            out=out, recipe=name, imatrix=imatrix, quantizer="ggml", feedback="never", force=True
         )
         convert(SOURCE, options)
         yield Entry(name, out)
+        yield from with_feedback(options, args)
         yield searched(work, name, out, imatrix, args)
 
 
 def sensitivity(work: Path, imatrix: Path, text: str, options: EngineOptions) -> None:
     """Print, for each tensor alone as Q4_0 and as Q2_0, what was predicted and what came."""
-    plan = plan_conversion(SOURCE, ConvertOptions(recipe="f32", imatrix=imatrix))
+    exact = ConvertOptions(recipe="f32", imatrix=imatrix, feedback="never")
+    plan = plan_conversion(SOURCE, exact)
     measured = Measure(plan.quantizer.open(), plan.imatrix)
     factors = importance(plan.arch, measured.powers(plan.tensors))
     rows, paths = [], []
@@ -165,7 +182,7 @@ def searched(work: Path, name: str, like: Path, imatrix: Path, args: argparse.Na
     out = work / f"{name}-searched.gguf"
     options = ConvertOptions(
         out=out, target_bytes=int(args.scale * like.stat().st_size), imatrix=imatrix, pad="never",
-        quantizer=args.quantizer, force=True,
+        quantizer=args.quantizer, feedback=args.feedback, force=True,
     )  # fmt: skip
     convert(SOURCE, options)
     return Entry("  searched", out)
@@ -179,6 +196,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("presets", "search", "sensitivity"), default="search")
     parser.add_argument("--scale", type=float, default=1.0)
     parser.add_argument("--quantizer", choices=("ggml", "torch"), default="ggml")
+    parser.add_argument("--feedback", choices=("auto", "never"), default="auto")
     parser.add_argument("--fixed", nargs="+", default=FIXED)
     args = parser.parse_args()
     args.work.mkdir(exist_ok=True)
@@ -187,7 +205,7 @@ def main() -> None:
     imatrix.unlink(missing_ok=True)
     options = EngineOptions(n_threads=1)
     text = conversations(SOURCE, 1, args.conversations)
-    collect_imatrix(reference, text, "pico", imatrix, 512, options, special=True)
+    collect_imatrix(reference, text, "pico", imatrix, 512, options, special=True, grams=True)
     measure_sensitivity(reference, Source(text, 512, special=True), imatrix, N_SENSITIVITY, options)
     if args.part == "sensitivity":
         sensitivity(args.work, imatrix, conversations(SOURCE, 2, args.conversations), options)

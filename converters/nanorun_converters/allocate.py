@@ -1,7 +1,8 @@
 """The best types for a size: what each type costs each tensor, and the cheapest assignment.
 
 The cost of a type is the noise it adds to its product's output, relative to the output itself,
-under the imatrix: that of a sample of rows, experts counted by how often they are chosen. How much
+under the imatrix: that of a sample of rows, experts counted by how often they are chosen, with
+error feedback where the conversion will have it. How much
 that noise matters depends on where the tensor stands (`importance`), and is known better where it
 was measured (`nanorun imatrix --sensitivity`). Types are then chosen by `nanorun_quant.search`.
 """
@@ -23,7 +24,8 @@ from nanorun.model.units import format_gib
 from nanorun_converters.importance import importance, with_measured
 from nanorun_converters.padding import pad_tensors
 from nanorun_converters.tensors import Piece, TensorPlan
-from nanorun_quant.encode import Encoder
+from nanorun_quant.encode import Encoder, powers
+from nanorun_quant.feedback import Feedback, Feedbacks
 from nanorun_quant.fit import Fit
 from nanorun_quant.ggml import NEED_IMATRIX, UnquantizableError
 from nanorun_quant.imatrix import Imatrix
@@ -78,6 +80,7 @@ def search_types(
     pad: str,
     imatrix: Imatrix | None,
     encoder: Encoder,
+    feedbacks: Feedbacks | None = None,
     progress: Callable[[AllocateProgress], None] | None = None,
 ) -> Fit:
     """The padding and the types of least error within the target.
@@ -85,7 +88,7 @@ def search_types(
     Raises:
         UsageError: If even the smallest types do not fit.
     """
-    measure = Measure(encoder, imatrix)
+    measure = Measure(encoder, imatrix, feedbacks)
     measured = imatrix.sensitivity if imatrix else {}
     factors = with_measured(importance(arch, measure.powers(tensors)), measured)
     best: tuple[float, Fit] | None = None
@@ -143,9 +146,12 @@ def _fit(
 class Measure:
     """Encodes samples of tensors, and remembers what came of it."""
 
-    def __init__(self, encoder: Encoder, imatrix: Imatrix | None) -> None:
+    def __init__(
+        self, encoder: Encoder, imatrix: Imatrix | None, feedbacks: Feedbacks | None = None
+    ) -> None:
         self._encoder = encoder
         self._imatrix = imatrix
+        self._feedbacks = feedbacks
         self._known: dict[tuple[str, GgmlType, int], float] = {}
         self._last: tuple[tuple[str, int], list[_Sample]] | None = None
 
@@ -175,7 +181,8 @@ class Measure:
         if key not in self._known:
             samples = self._samples_of(plan)
             noise = sum(
-                s.share * self._encoder.squared_error(s.rows, type_, s.weights) for s in samples
+                float(s.shares @ self._encoder.noise(s.rows, type_, s.weights, s.feedback))
+                for s in samples
             )
             signal = self._power(plan)
             self._known[key] = noise / signal if signal else 0.0
@@ -183,13 +190,15 @@ class Measure:
 
     def _power(self, plan: TensorPlan) -> float:
         samples = self._samples_of(plan)
-        return sum(s.share * float((np.square(s.rows) @ s.weights).sum()) for s in samples)
+        return sum(float(s.shares @ powers(s.rows, s.weights, s.feedback)) for s in samples)
 
     def _samples_of(self, plan: TensorPlan) -> list[_Sample]:
         # Only the last tensor's: all types are asked for one tensor before the next.
         key = (plan.spec.name, plan.spec.n_per_row)
         if self._last is None or self._last[0] != key:
-            self._last = key, list(_samples(plan, self._imatrix))
+            samples = list(_samples(plan, self._imatrix))
+            feedback = self._feedbacks.of(*key) if self._feedbacks else None
+            self._last = key, [_joined(samples, feedback)] if feedback else samples
         return self._last[1]
 
 
@@ -198,8 +207,10 @@ class _Sample:
     rows: NDArray[np.float32]
     weights: NDArray[np.float32]
     """Mean square of each column's input."""
-    share: float
-    """Of the inputs, how many go to this matrix (an expert's), times the rows each row is for."""
+    shares: NDArray[np.float64]
+    """For each row: of the inputs, how many go to its matrix (an expert's), times the rows it is
+    for."""
+    feedback: Feedback | None = None
 
 
 def _samples(plan: TensorPlan, imatrix: Imatrix | None) -> Iterator[_Sample]:
@@ -219,7 +230,17 @@ def _samples(plan: TensorPlan, imatrix: Imatrix | None) -> Iterator[_Sample]:
             n = min(n_taken // n_runs, end - first)
             piece = Piece(plan, part, first * plan.n_per_row, (first + n) * plan.n_per_row, i)
             # Zero rows at the end of a part would only be encoded for nothing.
-            yield _Sample(piece.read()[:n], weights, share * (end - first) / n)
+            yield _Sample(piece.read()[:n], weights, np.full(n, share * (end - first) / n))
+
+
+def _joined(samples: Sequence[_Sample], feedback: Feedback) -> _Sample:
+    """All rows at once, since error feedback goes through them block by block."""
+    return _Sample(
+        np.concatenate([s.rows for s in samples]),
+        np.mean([s.weights for s in samples], axis=0, dtype=np.float32),
+        np.concatenate([s.shares for s in samples]),
+        feedback,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,10 +259,11 @@ def role_stats(
     assignments: Mapping[str, Assignment],
     imatrix: Imatrix | None,
     encoder: Encoder,
+    feedbacks: Feedbacks | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[RoleStats]:
     """What each role loses, most bytes first; a role of several types has the first one's name."""
-    measure = Measure(encoder, imatrix)
+    measure = Measure(encoder, imatrix, feedbacks)
     by_role: dict[Role, list[tuple[GgmlType, int, float]]] = {}
     for plan in tensors:
         if plan.spec.quantizable:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,10 @@ from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.model.units import format_gib
 from nanorun_converters.factors import keeps_blocks
 from nanorun_converters.gguf_writer import Layout, split_paths
-from nanorun_converters.output import OutputFiles
+from nanorun_converters.options import ConvertOptions
+from nanorun_converters.output import OutputFiles, part_of
 from nanorun_converters.pipeline import Hashing, Workers, n_cores
-from nanorun_converters.plan import ConversionPlan, ConvertOptions, plan_conversion
+from nanorun_converters.plan import ConversionPlan, plan_conversion
 from nanorun_converters.store import Files
 from nanorun_converters.tensors import Piece, pieces_of
 from nanorun_quant.encode import Encoder
@@ -105,7 +106,7 @@ def write_plan(
     started = time.monotonic() if started is None else started
     layouts = plan.lay_out()
     paths = split_paths(plan.out, len(layouts))
-    _check_output(plan, paths, layouts, options.force)
+    _check_output(plan, paths, layouts, options)
     with OutputFiles(paths, layouts, _fingerprint(plan, layouts)) as output:
         if output.journal.is_of_another:
             log.warning(
@@ -141,7 +142,10 @@ def _n_workers(plan: ConversionPlan, options: ConvertOptions) -> int:
 
 
 def _check_output(
-    plan: ConversionPlan, paths: Sequence[Path], layouts: Sequence[Layout], force: bool
+    plan: ConversionPlan,
+    paths: Sequence[Path],
+    layouts: Sequence[Layout],
+    options: ConvertOptions,
 ) -> None:
     out = paths[0]
     if not out.parent.is_dir():
@@ -149,14 +153,15 @@ def _check_output(
             f"there is no folder {out.parent} to write {out.name} to",
             tries=[f"mkdir -p {shlex.quote(str(out.parent))}"],
         )
+    parts = [part_of(path) for path in paths]
     there = [path for path in paths if path.exists()]
-    if there and not force:
-        raise UsageError(
-            f"{there[0]} exists already",
-            tries=[f"{_command(plan)} --force"],
-        )
+    # The first file gets its name last: until then, those that have theirs are of a run that was
+    # killed in between.
+    is_cut_short = out not in there and parts[0].is_file()
+    if there and not is_cut_short and not options.force:
+        command = replace(options, out=plan.out, force=True).command(plan.source.files.argument)
+        raise UsageError(f"{there[0]} exists already", tries=[command])
     # What an earlier run has written already takes no more room.
-    parts = [path.with_name(f"{path.name}.part") for path in paths]
     written = sum(part.stat().st_size for part in parts if part.is_file())
     free = shutil.disk_usage(out.parent).free
     n_bytes = sum(layout.file_bytes for layout in layouts)
@@ -164,11 +169,6 @@ def _check_output(
         raise NanorunError(
             f"{out} takes {format_gib(n_bytes)}, but the disk has {format_gib(free)} free"
         )
-
-
-def _command(plan: ConversionPlan) -> str:
-    source, out = shlex.quote(plan.source.files.argument), shlex.quote(str(plan.out))
-    return f"nanorun convert {source} --recipe {plan.recipe.name} --out {out}"
 
 
 def _fingerprint(plan: ConversionPlan, layouts: Sequence[Layout]) -> str:
@@ -183,6 +183,8 @@ def _fingerprint(plan: ConversionPlan, layouts: Sequence[Layout]) -> str:
     entries = plan.imatrix.entries if plan.imatrix else {}
     for name in sorted(entries):
         digest.update(name.encode() + entries[name].sums.tobytes() + entries[name].counts.tobytes())
+    # Gigabytes, of the same inputs as the sums: which there are is all that can differ.
+    digest.update("\0".join(sorted(plan.imatrix.grams if plan.imatrix else ())).encode())
     return digest.hexdigest()
 
 
@@ -195,7 +197,7 @@ def _write_all(
     journal = output.journal
     with (
         Hashing(plan.source.stores, journal.hashes, journal.add_hash) as hashing,
-        Workers(n_threads) as workers,
+        Workers(n_threads, plan.source.files.give_up) as workers,
     ):
         _write_tensors(plan, output, workers, progress)
         output.finish([layout.header for layout in plan.lay_out(hashing.wait())])
@@ -245,7 +247,10 @@ class _PieceEncoder:
                 return piece.read_blocks()
             data = piece.read()
             weights = self.plan.weights_of(piece, data.shape[1])
-            return self.encoder.encode(data, type_, weights)
+            feedback = None
+            if self.plan.feedbacks is not None and type_.is_quantized:
+                feedback = self.plan.feedbacks.of(piece.plan.spec.name, data.shape[1])
+            return self.encoder.encode(data, type_, weights, feedback)
         except UnquantizableError as error:
             raise ModelError(
                 f"{self.plan.source.folder / piece.part.store.name}: tensor"

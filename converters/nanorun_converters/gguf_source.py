@@ -23,8 +23,9 @@ from nanorun_converters.tensors import TensorPlan
 
 SUFFIX = ".gguf"
 _DTYPES = {GgmlType.F32: "F32", GgmlType.F16: "F16", GgmlType.BF16: "BF16"}
-# About the file that they are in, not about the model; or made anew for every file.
-_NOT_CARRIED = re.compile(r"(split|nanorun|quantize\.imatrix)\..+|general\.alignment")
+# About the file that they are in, not about the model; or made anew for every file. What was padded
+# stays padded.
+_NOT_CARRIED = re.compile(r"(split|nanorun(?!\.padding$)|quantize\.imatrix)\..+|general\.alignment")
 _NUMBER_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 
@@ -47,6 +48,9 @@ class GgufFiles:
     def find(self, name: str) -> Store | None:
         """None, whatever the name."""
         return None
+
+    def give_up(self) -> None:
+        """Nothing to do: a disk answers soon."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ class Stretch:
 
 @dataclass(slots=True)
 class Journal:
-    """The journal of one conversion; `open` decides whether an earlier one goes on."""
+    """The journal of one conversion; `read` finds out whether an earlier one goes on."""
 
     path: Path
     fingerprint: str
@@ -66,15 +66,20 @@ class Journal:
                 return
 
     def start(self) -> None:
-        """Write the journal anew, with what is in it, and keep it open."""
+        """Write the journal anew, with what is in it, and keep it open.
+
+        Beside the old one, which counts until the new one is whole.
+        """
         self.close()
-        self._stream = self.path.open("w", encoding="utf-8")
-        self._put(self._title())
-        for stretch in self.stretches:
-            self._put(_fields(stretch))
-        for name, digest in self.hashes.items():
-            self._put({"file": name, "sha256": digest})
-        self._sync()
+        new = self._path_of_new()
+        records = [self._title(), *map(_fields, self.stretches)]
+        records += [{"file": name, "sha256": digest} for name, digest in self.hashes.items()]
+        with new.open("w", encoding="utf-8") as stream:
+            stream.writelines(f"{json.dumps(record)}\n" for record in records)
+            stream.flush()
+            os.fsync(stream.fileno())
+        new.replace(self.path)
+        self._stream = self.path.open("a", encoding="utf-8")
 
     def add(self, stretch: Stretch) -> None:
         """Note a stretch; its data must be on the disk."""
@@ -88,7 +93,9 @@ class Journal:
         with self._lock:
             self.hashes[name] = digest
             if self._stream is not None:
-                self._put({"file": name, "sha256": digest})
+                # Not worth failing for: the file would only have to be hashed again.
+                with suppress(OSError):
+                    self._put({"file": name, "sha256": digest})
 
     def close(self) -> None:
         """Let go of the file."""
@@ -101,8 +108,12 @@ class Journal:
         """Close it and take it away."""
         with suppress(OSError):
             self.close()
-        with suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        for path in (self.path, self._path_of_new()):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def _path_of_new(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.new")
 
     def _title(self) -> dict[str, Any]:
         return {"nanorun_journal": FORMAT, "fingerprint": self.fingerprint}

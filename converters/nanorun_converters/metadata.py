@@ -24,6 +24,7 @@ QUANTIZATION_VERSION = 2
 
 SHA256_HEX_LENGTH = 64
 _NEXTN = "nextn_predict_layers"
+_PADDING = "nanorun.padding"
 
 # enum llama_ftype of llama.h for a file that is mostly of one type. The engine only prints it.
 _FILE_TYPES = {
@@ -80,6 +81,7 @@ def build_metadata(
     source: SourceModel,
     arch: HybridArch,
     vocabulary: Vocabulary | None,
+    generation: Mapping[str, Any],
     provenance: Provenance,
     hashes: Sequence[str],
 ) -> dict[str, Value]:
@@ -89,10 +91,10 @@ def build_metadata(
         source: The source model.
         arch: Its shape.
         vocabulary: Its tokenizer; None to leave it out.
+        generation: Its generation_config.json.
         provenance: What the conversion makes of it.
         hashes: SHA-256 of each of `source.stores`, in hex.
     """
-    generation = source.find_json("generation_config.json") or {}
     return {
         **_general(source, arch, provenance),
         **_precision(provenance.only_weights),
@@ -117,11 +119,14 @@ def merge_metadata(
     changed = ("general.architecture", "general.file_type", "general.quantization_version")
     # The shape is stated anew, and without the head if that is left out.
     kept = {key: value for key, value in carried.items() if not key.endswith(_NEXTN)}
+    own = _nanorun(source, arch, provenance, hashes)
+    if _PADDING in carried and not provenance.padding:
+        del own[_PADDING]
     return {
         **kept,
         **{key: general[key] for key in changed},
         **{f"{arch.name}.{key}": value for key, value in shape_keys(arch).items()},
-        **_nanorun(source, arch, provenance, hashes),
+        **own,
         **_imatrix(provenance.imatrix),
         **_search(provenance),
     }
@@ -266,7 +271,7 @@ def _nanorun(
         "nanorun.source.revision": string(source.revision),
         "nanorun.source.files": string(tuple(store.name for store in source.stores)),
         "nanorun.source.sha256": string(tuple(hashes)),
-        "nanorun.padding": string(tuple(provenance.padding)),
+        _PADDING: string(tuple(provenance.padding)),
         "nanorun.bytes_by_role": string(by_role),
     }
 

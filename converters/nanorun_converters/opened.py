@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nanorun.errors import NanorunError
 from nanorun.model.arch import HybridArch
@@ -22,6 +23,8 @@ from nanorun_converters.source import open_files, open_source
 from nanorun_converters.store import Files, SourceModel
 from nanorun_converters.tensors import TensorPlan, plan_tensors
 from nanorun_converters.tokenizer import TOKENIZER_FILE, Vocabulary, read_vocabulary
+
+GENERATION_FILE = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,8 @@ class OpenedModel:
     """None for a GGUF, and for a source model without a tokenizer, which can only be planned."""
     scheme: Scheme = field(default_factory=Scheme)
     """How the source's weights are quantized."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Its generation_config.json."""
     carried: Mapping[str, RawValue] | None = None
     """Metadata of the GGUF that is the source, if it is one."""
 
@@ -69,7 +74,8 @@ def open_model(
     vocabulary = None
     if needs_weights or source.files.find(TOKENIZER_FILE) is not None:
         vocabulary = read_vocabulary(source, text_config(config), arch.n_vocab)
-    return OpenedModel(source, arch, tuple(tensors), vocabulary, scheme)
+    generation = source.find_json(GENERATION_FILE) or {}
+    return OpenedModel(source, arch, tuple(tensors), vocabulary, scheme, generation)
 
 
 @contextmanager

@@ -33,6 +33,11 @@ SYNC_SECONDS = 5.0
 _READ_STEP = 4 * 2**20
 
 
+def part_of(path: Path) -> Path:
+    """The name that a file has until all is whole."""
+    return path.with_name(f"{path.name}.part")
+
+
 class OutputFiles:
     """The files being written; a context manager that leaves all of them, a start, or nothing.
 
@@ -45,7 +50,7 @@ class OutputFiles:
         self, paths: Sequence[Path], layouts: Sequence[Layout], fingerprint: str = ""
     ) -> None:
         self.paths = tuple(paths)
-        self.parts = tuple(path.with_name(f"{path.name}.part") for path in paths)
+        self.parts = tuple(map(part_of, paths))
         self.layouts = tuple(layouts)
         first = self.parts[0]
         self.journal = Journal(first.with_name(f"{first.name}.json"), fingerprint)
@@ -69,7 +74,9 @@ class OutputFiles:
             self._resume()
             self.journal.start()
         except BaseException as error:
-            self._abandon(keep=False)
+            # Ctrl-C while an earlier run's work is checked must not cost that work.
+            stopped = not isinstance(error, Exception)
+            self._abandon(keep=stopped and self.journal.path.exists())
             if isinstance(error, OSError):
                 raise self._failure(error) from error
             raise
@@ -142,6 +149,7 @@ class OutputFiles:
     def _resume(self) -> None:
         """Find the end of what an earlier run left whole, and go there."""
         self.journal.read()
+        self._take_names_back()
         good = self._good_stretches()
         self.journal.stretches = list(good)
         n_files = good[-1].i_file + 1 if good else 1
@@ -158,6 +166,14 @@ class OutputFiles:
             self._streams[i].seek(0, os.SEEK_END)
         self._i_file = n_files - 1
         self._go_to(good[-1].n_data if good else 0)
+
+    def _take_names_back(self) -> None:
+        """Undo what a run did that was killed while it gave the files their names."""
+        if not self.journal.stretches:
+            return
+        for part, path in zip(self.parts[1:], self.paths[1:], strict=True):
+            if path.exists() and not part.exists() and not self.paths[0].exists():
+                path.replace(part)
 
     def _good_stretches(self) -> list[Stretch]:
         """The stretches whose data is still there, up to the first that is not."""

@@ -30,16 +30,24 @@ def n_cores() -> int:
 
 
 class Workers:
-    """Threads that work on pieces, a bounded number of them ahead of the writer."""
+    """Threads that work on pieces, a bounded number of them ahead of the writer.
 
-    def __init__(self, n_threads: int) -> None:
+    Args:
+        n_threads: How many.
+        give_up: Called when the work is to end early: what threads wait for will not come.
+    """
+
+    def __init__(self, n_threads: int, give_up: Callable[[], None]) -> None:
         self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="convert")
         self._n_ahead = n_threads + N_PIECES_AHEAD
+        self._give_up = give_up
 
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._give_up()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map_in_order(

@@ -6,12 +6,13 @@ reason, and predicts the output to the byte.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -36,18 +37,20 @@ from nanorun_converters.metadata import (
     merge_metadata,
 )
 from nanorun_converters.opened import OpenedModel, for_source, open_model
+from nanorun_converters.options import ConvertOptions
 from nanorun_converters.padding import pad_tensors
 from nanorun_converters.scheme import Scheme
 from nanorun_converters.store import Files, SourceModel
 from nanorun_converters.tensors import Piece, TensorPlan
 from nanorun_converters.tokenizer import Vocabulary
 from nanorun_quant.encode import Quantizer, choose_quantizer
+from nanorun_quant.feedback import Feedbacks
 from nanorun_quant.fit import Fit, fit_recipe
 from nanorun_quant.ggml import NEED_IMATRIX, USE_NO_IMATRIX
-from nanorun_quant.imatrix import Imatrix, per_expert, read_imatrix
+from nanorun_quant.imatrix import Imatrix, per_expert
+from nanorun_quant.imatrix_file import read_imatrix
 from nanorun_quant.padding import Padding, padding_entries
 from nanorun_quant.recipe import (
-    DEFAULT_RECIPE,
     Assignment,
     Recipe,
     parse_type_map,
@@ -61,41 +64,12 @@ K = TypeVar("K", GgmlType, Role)
 
 _SMALL = Assignment(GgmlType.F32, "small or sensitive, always f32")
 
+FEEDBACK_MODES = ("auto", "never")
+
 _ENTRY_BYTES = 160
 """Most that a tensor takes in the directory, in the search's table, and by alignment."""
 _KEYS_BYTES = 8 * 1024
 """More than all other keys take, without vocabulary and templates."""
-
-
-@dataclass(frozen=True, slots=True)
-class ConvertOptions:
-    """What a person may choose about a conversion."""
-
-    out: Path | None = None
-    """The file to write; None for one named after source and recipe, in the working folder."""
-    recipe: str = DEFAULT_RECIPE
-    type_map: Mapping[str, str] = field(default_factory=dict)
-    """Role, or `*`, to type; stronger than the recipe."""
-    pad: str = "auto"
-    """Whether sizes are padded to whole blocks: auto, never, always."""
-    imatrix: Path | None = None
-    """The importance matrix; types of few bits need one."""
-    target_bytes: int | None = None
-    """Search the types of least error within this size of the file, instead of a recipe."""
-    target_bpw: float | None = None
-    """The same, in bits per weight."""
-    quantizer: str = "auto"
-    """Whose code makes the bytes: auto, ggml, torch."""
-    n_threads: int | None = None
-    """Threads that read and quantize; None for one a core."""
-    force: bool = False
-    """Replace an existing file."""
-    dry_run: bool = False
-    """Plan and predict, write nothing; the files of weights need not be there."""
-    split_max_bytes: int | None = None
-    """Size that no file may exceed; None for one file."""
-    keep_mtp: bool = True
-    """Whether a multi-token prediction head comes along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +99,12 @@ class ConversionPlan:
     padding: Padding = field(default_factory=dict)
     """Sizes that are larger in the file than in the source."""
     imatrix: Imatrix | None = None
+    feedbacks: Feedbacks | None = None
+    """How inputs go together, where errors are to be made up for."""
     scheme: Scheme = field(default_factory=Scheme)
     """How the source's weights are quantized."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """The source's generation_config.json."""
     split_max_bytes: int | None = None
     carried: Mapping[str, RawValue] | None = None
     """Metadata of the GGUF that is the source, if it is one."""
@@ -138,6 +116,11 @@ class ConversionPlan:
     def has_tokenizer(self) -> bool:
         """Whether the output's size counts a tokenizer."""
         return self.vocabulary is not None or self.carried is not None
+
+    @property
+    def encoding(self) -> str:
+        """What the file says about how its bytes were made."""
+        return self.quantizer.label + (", error feedback" if self.feedbacks else "")
 
     def type_of(self, tensor: TensorPlan) -> GgmlType:
         """The type a tensor is written as."""
@@ -212,7 +195,7 @@ class ConversionPlan:
         about = (self._provenance(), hashes)
         if self.carried is not None:
             return merge_metadata(self.carried, self.source, self.arch, *about)
-        return build_metadata(self.source, self.arch, self.vocabulary, *about)
+        return build_metadata(self.source, self.arch, self.vocabulary, self.generation, *about)
 
     def _provenance(self) -> Provenance:
         sizes = [(t, self.n_bytes_of(t)) for t in self.tensors]
@@ -222,7 +205,7 @@ class ConversionPlan:
             bytes_of_type=_sums((self.type_of(t), n_bytes) for t, n_bytes in sizes),
             bytes_of_role=_sums((t.spec.role, n_bytes) for t, n_bytes in sizes),
             n_params=self.n_params,
-            quantizer=self.quantizer.label,
+            quantizer=self.encoding,
             padding=tuple(padding_entries(self.padding)),
             search=self.search,
             imatrix=self.imatrix,
@@ -253,28 +236,33 @@ def plan_conversion(origin: Path | Files, options: ConvertOptions) -> Conversion
     model = open_model(origin, keep_mtp=options.keep_mtp, needs_weights=needs_weights)
     source, tensors = model.source, model.tensors
     imatrix = _read_imatrix(options.imatrix, tensors)
+    feedbacks = _feedbacks(options.feedback, imatrix, model.arch)
     target = _target(options, model)
     with for_source(source):
         if target is None:
             fit = fit_recipe(recipe, model.arch, options.pad, overrides)
         else:
             encoder = choose_quantizer(options.quantizer, SEARCHED).open()
-            fit = search_types(tensors, model.arch, target, options.pad, imatrix, encoder)
+            fit = search_types(
+                tensors, model.arch, target, options.pad, imatrix, encoder, feedbacks
+            )
     if imatrix is None and not options.dry_run:
-        _refuse_without_imatrix(fit, source)
+        _refuse_without_imatrix(fit, source, options)
     with for_source(source):
         padded, assignments = add_factors(
             pad_tensors(tensors, model.arch, fit.arch),
             _with_small(fit.assignments, tensors),
             fit.arch,
         )
+    types = {assignment.type for assignment in assignments.values()}
     return ConversionPlan(
         source=source, arch=fit.arch, vocabulary=model.vocabulary, recipe=fit.recipe,
         tensors=tuple(padded), assignments=assignments, scheme=model.scheme,
+        generation=model.generation,
         split_max_bytes=options.split_max_bytes, carried=model.carried,
         out=_output_path(source, fit.recipe, options.out), padding=fit.padding, imatrix=imatrix,
-        search=fit.table,
-        quantizer=choose_quantizer(options.quantizer, {a.type for a in assignments.values()}),
+        feedbacks=feedbacks if any(type_.is_quantized for type_ in types) else None,
+        search=fit.table, quantizer=choose_quantizer(options.quantizer, types),
     )  # fmt: skip
 
 
@@ -299,16 +287,23 @@ def _target(options: ConvertOptions, model: OpenedModel) -> Target | None:
         header = _ENTRY_BYTES * len(model.tensors) + _KEYS_BYTES
         if model.vocabulary is not None:
             texts = (*model.vocabulary.tokens, *model.vocabulary.merges)
-            header += sum(len(text.encode()) + 12 for text in texts)
+            header += sum(_n_bytes(text) + 12 for text in texts)
             templates = model.vocabulary.chat_templates.values()
-            header += sum(len(text.encode()) for text in templates)
+            header += sum(_n_bytes(text) for text in templates)
         header += sum(len(value.raw) for value in (model.carried or {}).values())
         name = f"search-{options.target_bytes / 1e9:.4g}GB"
-        return Target(options.target_bytes - header, name)
+        return Target(max(0, options.target_bytes - header), name)
     if options.target_bpw is not None:
+        if not math.isfinite(options.target_bpw):
+            raise UsageError(f"--target-bpw {options.target_bpw}: expected a finite number")
         n_params = sum(part.n_elements for tensor in model.tensors for part in tensor.parts)
         return Target(int(options.target_bpw * n_params / 8), f"search-{options.target_bpw:g}bpw")
     return None
+
+
+def _n_bytes(text: str) -> int:
+    # What is no valid Unicode is refused by name when the header is laid out.
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _read_imatrix(path: Path | None, tensors: Sequence[TensorPlan]) -> Imatrix | None:
@@ -328,7 +323,23 @@ def _read_imatrix(path: Path | None, tensors: Sequence[TensorPlan]) -> Imatrix |
     return imatrix
 
 
-def _refuse_without_imatrix(fit: Fit, model: SourceModel) -> None:
+def _feedbacks(mode: str, imatrix: Imatrix | None, arch: HybridArch) -> Feedbacks | None:
+    """How inputs go together, if that is known and wanted.
+
+    Raises:
+        UsageError: If there is no such mode.
+    """
+    if mode not in FEEDBACK_MODES:
+        raise UsageError(
+            f"there is no way of error feedback {mode!r}",
+            facts=[f"ways: {' '.join(FEEDBACK_MODES)}"],
+        )
+    if mode == "never" or imatrix is None or not imatrix.grams:
+        return None
+    return Feedbacks(imatrix, is_latent=arch.n_latent > 0)
+
+
+def _refuse_without_imatrix(fit: Fit, model: SourceModel, options: ConvertOptions) -> None:
     if not fit.needs_imatrix:
         return
     source, name = shlex.quote(model.files.argument), shlex.quote(f"{model.name}-q8_0.gguf")
@@ -339,16 +350,17 @@ def _refuse_without_imatrix(fit: Fit, model: SourceModel) -> None:
         tries=[
             f"nanorun convert {source} --recipe q8_0 --out {name}",
             f"nanorun imatrix {name} --text TEXT --out imatrix.gguf",
-            f"nanorun convert {source} --recipe {fit.recipe.name} --imatrix imatrix.gguf",
+            replace(options, imatrix=Path("imatrix.gguf")).command(model.files.argument),
         ],
     )
 
 
 def _output_path(source: SourceModel, recipe: Recipe, out: Path | None) -> Path:
     default = f"{source.name}-{recipe.name}.gguf"
-    if out is None:
-        return Path(default)
-    return out / default if out.is_dir() else out
+    try:
+        return Path(default) if out is None else out / default if out.is_dir() else out
+    except OSError as error:
+        raise UsageError(f"--out {out}: {(error.strerror or str(error)).lower()}") from error
 
 
 def _sums(pairs: Iterable[tuple[K, int]]) -> dict[K, int]:

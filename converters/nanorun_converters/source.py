@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,22 +78,35 @@ def _indexed(files: Files, store: Store, needs_weights: bool) -> dict[str, Sourc
     file_of = read_json(store, where).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ModelError(f"{where}: expected an object weight_map, found {file_of!r:.60}")
-    by_file: dict[str, dict[str, SourceTensor]] = {}
-    for file in _unique(file_of, where):
-        found = files.find(file)
-        if found is None and needs_weights:
-            raise ModelError(
-                f"{files.where / file}: expected this file of weights, found nothing there",
-                facts=[f"{INDEX_FILE} names it"],
-            )
+    stores = {file: files.find(file) for file in _unique(file_of, where)}
+    missing = [file for file, found in stores.items() if found is None]
+    if missing and needs_weights:
+        raise ModelError(
+            f"{files.where / missing[0]}: expected this file of weights, found nothing there",
+            facts=[f"{INDEX_FILE} names it"],
+        )
+    by_file = _headers(files, [found for found in stores.values() if found is not None])
+    for file in missing:
         names = [name for name, its_file in file_of.items() if its_file == file]
-        by_file[file] = _assumed_in(file, names) if found is None else _tensors_in(files, found)
+        by_file[file] = _assumed_in(file, names)
     for name, file in file_of.items():
         if name not in by_file[file]:
             raise ModelError(
                 f"{files.where / file}: expected tensor {name!r}, found no such tensor"
             )
     return {name: by_file[file][name] for name, file in file_of.items()}
+
+
+def _headers(files: Files, stores: Sequence[Store]) -> dict[str, dict[str, SourceTensor]]:
+    """The tensors of each file, read at once where they lie afar: a header is a few round trips."""
+    with ThreadPoolExecutor(1 + files.n_reads_ahead, thread_name_prefix="header") as pool:
+        try:
+            found = list(pool.map(partial(_tensors_in, files), stores))
+        except BaseException:
+            files.give_up()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {store.name: tensors for store, tensors in zip(stores, found, strict=True)}
 
 
 def _unique(file_of: dict[str, Any], where: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +30,10 @@ UNKNOWN_DTYPE = ""
 
 class SourceUnreachableError(NanorunError):
     """A source that cannot be read just now; what was done with it so far stays good."""
+
+
+class SourceLostError(SourceUnreachableError, ModelError):
+    """A source that could be read before, and cannot until someone does something about it."""
 
 
 class Store(Protocol):
@@ -83,6 +88,9 @@ class Files(Protocol):
     def find(self, name: str) -> Store | None:
         """The file of this plain name, or None where there is none."""
 
+    def give_up(self) -> None:
+        """End what is read just now, and read no more; any thread may call."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
@@ -102,7 +110,8 @@ class LocalFile:
         """Read into an array of its own, not through a mapping: mapped pages count as our memory.
 
         Raises:
-            ModelError: If the file cannot be read, or ends before the range does.
+            ModelError: If the file cannot be read, ends before the range does, or is another by
+                now.
         """
         buffer = np.empty(n_bytes, np.uint8)
         view, done = buffer.data, 0
@@ -111,13 +120,16 @@ class LocalFile:
                 stream.seek(offset)
                 while done < n_bytes and (n := stream.readinto(view[done:])):
                     done += n
+                stamp = _stamp(os.fstat(stream.fileno()))
         except OSError as error:
-            raise ModelError(f"{self.path}: {error.strerror or error}") from error
+            raise SourceLostError(f"{self.path}: {error.strerror or error}") from error
         if done < n_bytes:
             raise ModelError(
                 f"{self.path}: expected {n_bytes} bytes at byte {offset}, found {done}",
                 facts=["the file was cut short while it was read"],
             )
+        if self.stamp and stamp != self.stamp:
+            raise ModelError(f"{self.path} was changed while it was read")
         return buffer
 
 
@@ -220,13 +232,20 @@ class LocalFiles:
         """The file of this plain name, or None where there is none."""
         return local_file(self.where / name)
 
+    def give_up(self) -> None:
+        """Nothing to do: a disk answers soon."""
+
 
 def local_file(path: Path) -> LocalFile | None:
     """The file at `path`, as it is now."""
     if not path.is_file():
         return None
     status = path.stat()
-    return LocalFile(path, status.st_size, f"{status.st_size}-{status.st_mtime_ns}")
+    return LocalFile(path, status.st_size, _stamp(status))
+
+
+def _stamp(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -200,7 +200,9 @@ class _Reader:
             flags = (self.tokenizer_config.get(f"add_{end}_token") for end in ("bos", "eos"))
             add_bos, add_eos = (flag is True for flag in flags)
             return add_bos, add_eos
-        steps = processor.get("processors", [processor]) if isinstance(processor, dict) else [None]
+        steps = processor.get("processors", [processor]) if isinstance(processor, dict) else None
+        if not isinstance(steps, list):
+            self._refuse("post_processor", "an object, or a list of them", f"{processor!r:.80}")
         add_bos = add_eos = False
         for step in steps:
             match step:
@@ -216,7 +218,7 @@ class _Reader:
 
     def _ends_of_template(self, single: list[Any]) -> tuple[bool, bool]:
         # Upper case A is the text, S a token beside it.
-        kinds = "".join("A" if "Sequence" in part else "S" for part in single)
+        kinds = "".join(_kind_of_piece(part) for part in single)
         if not re.fullmatch("S?AS?", kinds):
             self._refuse("post_processor", "at most one token around the text", f"{single!r:.80}")
         return kinds[0] == "S", kinds[-1] == "S"
@@ -310,6 +312,16 @@ class _Reader:
 
     def _refuse(self, what: str, expected: str, found: str) -> NoReturn:
         raise ModelError(f"{self.where}: {what}: expected {expected}, found {found}")
+
+
+def _kind_of_piece(part: object) -> str:
+    match part:
+        case {"Sequence": _}:
+            return "A"
+        case {"SpecialToken": _}:
+            return "S"
+        case _:
+            return "?"
 
 
 def _split_regex(pre_tokenizer: Any) -> str:

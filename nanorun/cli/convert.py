@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import shlex
 import sys
@@ -17,7 +16,7 @@ import typer
 
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal, note, write_data, write_json
-from nanorun.errors import UsageError
+from nanorun.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
     from nanorun_converters.convert import ConvertProgress, ConvertResult
@@ -102,6 +101,16 @@ def command(
             rich_help_panel=_TYPES,
         ),
     ] = None,
+    feedback: Annotated[
+        str,
+        typer.Option(
+            "--feedback",
+            metavar="MODE",
+            help="Let columns make up for each other's errors: auto, where the imatrix was"
+            " collected with --gram; never.",
+            rich_help_panel=_TYPES,
+        ),
+    ] = "auto",
     quantizer: Annotated[
         str,
         typer.Option(
@@ -154,21 +163,22 @@ def command(
     """
     from nanorun.model.units import parse_size
     from nanorun_converters.convert import summarize, write_plan
-    from nanorun_converters.plan import ConvertOptions, plan_conversion
+    from nanorun_converters.options import ConvertOptions
+    from nanorun_converters.plan import plan_conversion
 
     started = time.monotonic()
     options = ConvertOptions(
         out=out, recipe=recipe, type_map=parse_type_map(type_map or ()), pad=pad,
         target_bytes=None if target_size is None else parse_size(target_size),
-        target_bpw=target_bpw, imatrix=imatrix, quantizer=quantizer, n_threads=n_threads,
-        force=force, dry_run=dry_run, keep_mtp=not no_mtp,
+        target_bpw=target_bpw, imatrix=imatrix, feedback=feedback, quantizer=quantizer,
+        n_threads=n_threads, force=force, dry_run=dry_run, keep_mtp=not no_mtp,
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size),
     )  # fmt: skip
     plan = plan_conversion(source_named(source), options)
     if dry_run:
         result = summarize(plan, started)
     else:
-        with _told_as_notes(), _progress_bar() as progress, _told_of_interrupt(plan.out):
+        with _told_as_notes(), _progress_bar() as progress, _told_of_interrupt(plan):
             result = write_plan(plan, options, progress, started)
     if as_json:
         write_json(asdict(result))
@@ -180,23 +190,27 @@ def source_named(text: str) -> Path | Files:
     """What SRC stands for: a path, or the files of a repository on the Hub.
 
     Raises:
-        ModelError: If it names a model that the Hub does not have.
+        ModelError: If it cannot be opened, or names a model that the Hub does not have.
         NanorunError: If the Hub cannot be reached.
     """
     from nanorun.library import BUNDLED_MODELS, CATALOG
 
     if text in BUNDLED_MODELS:
         return BUNDLED_MODELS[text]
-    path = Path(text).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(text).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ModelError(f"{text:.200} cannot be opened: {reason}") from error
     from nanorun_converters.hub import HubFiles, parse_repository
 
     name, at, revision = text.partition("@")
     known = CATALOG.get(name)
     if known is not None and known.repository is not None:
         text = f"{known.repository}{at}{revision}"
-    repository = parse_repository(text)
+    repository = None if path.suffix == ".gguf" else parse_repository(text)
     return path if repository is None else HubFiles(*repository)
 
 
@@ -220,14 +234,17 @@ def parse_type_map(entries: list[str] | tuple[str, ...]) -> dict[str, str]:
 
 
 @contextmanager
-def _told_of_interrupt(out: Path) -> Iterator[None]:
+def _told_of_interrupt(plan: ConversionPlan) -> Iterator[None]:
+    from nanorun_converters.gguf_writer import split_paths
+    from nanorun_converters.output import part_of
+
     try:
         yield
     except KeyboardInterrupt:
-        note(f"stopped; {out} was not written")
-        parts = sorted(out.parent.glob(f"{glob.escape(out.stem)}*.part"))
-        if parts:
-            note(f"the same command goes on from {parts[0]}; delete it to start anew")
+        note(f"stopped; {plan.out} was not written")
+        part = part_of(split_paths(plan.out, len(plan.lay_out()))[0])
+        if part.exists():
+            note(f"the same command goes on from {part}; delete it to start anew")
         raise
 
 
@@ -295,8 +312,8 @@ def _render(plan: ConversionPlan, result: ConvertResult, dry_run: bool) -> str:
             "without tokenizer.json, which is not there: it adds 12 bytes and the text of each of"
             f" {plan.arch.n_vocab:,} tokens, 8 and the text of each merge, and the chat template"
         )
-    if plan.quantizer.device:
-        lines.append(f"quantized by {plan.quantizer.label}")
+    if plan.quantizer.device or plan.feedbacks:
+        lines.append(f"quantized by {plan.encoding}")
     for name, (n_from, n_to) in result.padding.items():
         lines.append(f"padded: {name} {n_from} to {n_to} (+{n_to / n_from - 1:.1%})")
     lines.append("")

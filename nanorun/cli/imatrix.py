@@ -31,7 +31,7 @@ def command(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="File to write, or to continue.  [default: imatrix.gguf]",
+            help="File to write, or to continue.",
             rich_help_panel=opt.OUTPUT,
         ),
     ] = Path("imatrix.gguf"),
@@ -49,7 +49,7 @@ def command(
             "--n-ctx",
             metavar="N",
             min=16,
-            help=f"Tokens of one chunk.  [default: {_DEFAULT_N_CTX}]",
+            help="Tokens of one chunk.",
             rich_help_panel=opt.ENGINE,
         ),
     ] = _DEFAULT_N_CTX,
@@ -60,10 +60,20 @@ def command(
             metavar="N",
             min=0,
             help="Also measure how much noise in each tensor changes the predictions of N chunks: a"
-            " pass over them for every tensor, for --target-size.  [default: 0]",
+            " pass over them for every tensor, for --target-size.",
             rich_help_panel="Text",
         ),
     ] = 0,
+    gram: Annotated[
+        bool,
+        typer.Option(
+            "--gram",
+            help="Also collect how inputs go together, for error feedback in nanorun convert, which"
+            " makes better files of 2 to 5 bits. Takes 4.4 GiB (Nano; Super: 21 GiB) of memory and"
+            " disk.",
+            rich_help_panel="Text",
+        ),
+    ] = False,
     n_threads: Annotated[
         int | None,
         typer.Option(
@@ -101,7 +111,7 @@ def command(
         status.show("loading ...")
         imatrix = collect_imatrix(
             path, content, Path(text).name if text != "-" else "stdin", out, n_ctx, options, show,
-            special=special,
+            special=special, grams=gram,
         )  # fmt: skip
         if n_sensitivity:
             source = Source(content, n_ctx, special=special)
@@ -120,6 +130,7 @@ def command(
         write_json({
             "path": str(out), "n_chunks": imatrix.n_chunks, "n_tensors": len(imatrix.entries),
             "n_unseen": n_unseen, "n_sensitivity": len(imatrix.sensitivity),
+            "n_grams": len(imatrix.grams),
         })  # fmt: skip
     else:
         write_data(

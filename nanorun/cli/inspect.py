@@ -174,17 +174,23 @@ def _source_of(gguf: GgufFile) -> str | None:
 
 def _summarize_source(folder: Path) -> Summary:
     from nanorun_converters.config import arch_from_config
+    from nanorun_converters.opened import for_source
     from nanorun_converters.source import open_source
+    from nanorun_converters.tensors import plan_tensors
 
     source = open_source(folder)
+    with for_source(source):
+        arch = arch_from_config(source.read_json("config.json"), str(folder / "config.json"))
+    plans = plan_tensors(source, arch)
     tensors = source.tensors.values()
     n_bytes = sum(t.n_bytes for t in tensors)
     return Summary(
         path=folder,
         n_files=len(source.stores),
         name=source.name,
-        arch=arch_from_config(source.read_json("config.json"), str(folder / "config.json")),
-        n_params=sum(t.n_elements for t in tensors),
+        arch=arch,
+        # Of what the tensors stand for: codes of 4 bits lie two in a byte, and have scales beside.
+        n_params=sum(part.n_elements for plan in plans for part in plan.parts),
         file_bytes=sum(store.n_bytes for store in source.stores),
         weights_bytes=n_bytes,
         recipe=None,

@@ -35,15 +35,17 @@ def command(
     """
     from nanorun.model.units import format_gib
     from nanorun_converters.allocate import role_stats
-    from nanorun_converters.plan import ConvertOptions, plan_conversion
+    from nanorun_converters.options import ConvertOptions
+    from nanorun_converters.plan import plan_conversion
 
     options = ConvertOptions(recipe=recipe, pad=pad, imatrix=imatrix, dry_run=True)
     plan = plan_conversion(source_named(source), options)
     status = StatusLine()
     try:
         stats = role_stats(
-            plan.tensors, plan.assignments, plan.imatrix, plan.quantizer.open(), status.show
-        )
+            plan.tensors, plan.assignments, plan.imatrix, plan.quantizer.open(), plan.feedbacks,
+            status.show,
+        )  # fmt: skip
     finally:
         status.clear()
     if as_json:

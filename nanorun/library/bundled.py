@@ -51,6 +51,9 @@ class BundledFiles:
         found = (local_file(folder / name) for folder in self.folders)
         return next((file for file in found if file is not None), None)
 
+    def give_up(self) -> None:
+        """Nothing to do: a disk answers soon."""
+
     def fingerprint(self) -> str:
         """Twelve hex digits that change with the model and with the converter's version."""
         digest = hashlib.sha256(__version__.encode())

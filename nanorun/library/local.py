@@ -113,7 +113,7 @@ def _bundled_model(source: BundledFiles, progress: Progress | None) -> Path:
 def _convert_bundled(source: BundledFiles, target: Path, progress: Progress | None) -> None:
     """Convert in a folder of its own, then rename: two first uses at once cannot meet."""
     from nanorun_converters.convert import convert
-    from nanorun_converters.plan import ConvertOptions
+    from nanorun_converters.options import ConvertOptions
 
     work = Path(tempfile.mkdtemp(prefix=f".{source.name}-", dir=target.parent))
     try:

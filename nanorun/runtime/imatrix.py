@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nanorun.errors import EngineError, UsageError
 from nanorun.model.ggml_type import GgmlType
@@ -25,7 +26,8 @@ from nanorun.runtime.library import load_llama
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.score import Source
-from nanorun_quant.imatrix import Imatrix, read_imatrix, write_imatrix
+from nanorun_quant.imatrix import Imatrix, gram_name
+from nanorun_quant.imatrix_file import read_imatrix, write_imatrix
 
 _N_BATCH = 256
 """Rows of a decode. llama-imatrix passes over products of fewer than 16 rows."""
@@ -49,6 +51,7 @@ def collect_imatrix(
     progress: Callable[[int, int], None] | None = None,
     *,
     special: bool = False,
+    grams: bool = False,
 ) -> Imatrix:
     """Collect the imatrix of a model on a text into a file, in a child process.
 
@@ -63,15 +66,16 @@ def collect_imatrix(
         options: Threads and types.
         progress: Called with chunks done and chunks in all.
         special: Whether texts of control tokens become control tokens.
+        grams: Whether to collect the Gram matrices of inputs too, in memory until they are written.
 
     Raises:
-        UsageError: If the text is too short, or `out` is of another text.
+        UsageError: If the text is too short, or `out` is of another text, or without matrices.
         ModelError: If the model or the file cannot be used.
         EngineDied: If the engine's process ended; what it wrote of `out` stays.
     """
     arguments = {
         "path": str(path), "text": text, "dataset": dataset, "out": str(out), "n_ctx": n_ctx,
-        "options": asdict(options or EngineOptions()), "special": special,
+        "options": asdict(options or EngineOptions()), "special": special, "grams": grams,
     }  # fmt: skip
     run_job(_job, arguments, progress, stop_s=_STOP_S)
     return read_imatrix(out)
@@ -81,7 +85,10 @@ def _job(arguments: dict[str, Any], progress: Callable[[int, int], None]) -> Non
     source = Source(arguments["text"], arguments["n_ctx"], special=arguments["special"])
     options = EngineOptions(**arguments["options"])
     out = Path(arguments["out"])
-    collect_here(Path(arguments["path"]), source, arguments["dataset"], out, options, progress)
+    collect_here(
+        Path(arguments["path"]), source, arguments["dataset"], out, options, progress,
+        grams=arguments["grams"],
+    )  # fmt: skip
 
 
 def collect_here(
@@ -91,6 +98,8 @@ def collect_here(
     out: Path,
     options: EngineOptions,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    grams: bool = False,
 ) -> None:
     """Do the work of `collect_imatrix` in this process."""
     model = LoadedModel(path, options)
@@ -99,8 +108,8 @@ def collect_here(
         n_chunk = len(chunks[0])
         if n_chunk < _MIN_ROWS:
             raise UsageError(f"a text of {n_chunk} tokens is too short for an imatrix")
-        imatrix = _started(out, source.sha256, dataset, n_chunk)
-        collector = _Collector(imatrix)
+        imatrix = _started(out, source.sha256, dataset, n_chunk, grams)
+        collector = _Collector(imatrix, model, grams or bool(imatrix.grams))
         sizes = replace(
             options, n_ctx=n_chunk, n_parallel=1, n_seq_spare=0, n_batch=_N_BATCH, n_ubatch=_N_BATCH
         )
@@ -113,7 +122,7 @@ def collect_here(
         model.close()
 
 
-def _started(out: Path, digest: str, dataset: str, chunk_size: int) -> Imatrix:
+def _started(out: Path, digest: str, dataset: str, chunk_size: int, grams: bool) -> Imatrix:
     """The imatrix in `out`, if it is of the text of this digest, or a new one."""
     if not out.exists():
         return Imatrix({}, (dataset,), chunk_size, 0, str(out), digest)
@@ -124,6 +133,8 @@ def _started(out: Path, digest: str, dataset: str, chunk_size: int) -> Imatrix:
             facts=[f"its text: {', '.join(found.datasets) or 'not said'}"],
             tries=[f"rm {out}"],
         )
+    if grams and not found.grams:
+        raise UsageError(f"{out} was begun without --gram", tries=[f"rm {out}"])
     return found
 
 
@@ -135,18 +146,22 @@ def _run(
     out: Path,
     progress: Callable[[int, int], None] | None,
 ) -> None:
+    n_written = imatrix.n_chunks
+    # Gram matrices are gigabytes to write.
+    save_every = _SAVE_EVERY * (_SAVE_EVERY if collector.wants_grams else 1)
     try:
         while imatrix.n_chunks < len(chunks):
             collector.begin()
             _read(context, chunks[imatrix.n_chunks])
             collector.commit()
-            if imatrix.n_chunks % _SAVE_EVERY == 0:
+            if imatrix.n_chunks % save_every == 0:
                 write_imatrix(out, imatrix)
+                n_written = imatrix.n_chunks
             if progress is not None:
                 progress(imatrix.n_chunks, len(chunks))
     finally:
         # Also when it is stopped: whole chunks are kept, and continued from.
-        if imatrix.n_chunks:
+        if imatrix.n_chunks > n_written:
             write_imatrix(out, imatrix)
 
 
@@ -162,9 +177,13 @@ def _read(context: Context, chunk: list[int]) -> None:
 class _Collector:
     """The callback, and the sums of one chunk until it is whole."""
 
-    def __init__(self, imatrix: Imatrix) -> None:
+    def __init__(self, imatrix: Imatrix, model: LoadedModel, wants_grams: bool) -> None:
         self.imatrix = imatrix
+        self.wants_grams = wants_grams
+        self._is_latent = model.arch.n_latent > 0
         self._chunk = Imatrix()
+        self._inputs: dict[str, list[NDArray[np.float32]]] = {}
+        """Inputs of the chunk, by the tensor that their Gram matrix is for."""
         self._error: Exception | None = None
         self._lib = tensor_library()
         self._ops = self._lib.ops(_MUL_MAT, _MUL_MAT_ID)
@@ -173,6 +192,7 @@ class _Collector:
     def begin(self) -> None:
         """Start a chunk."""
         self._chunk = Imatrix()
+        self._inputs = {}
 
     def commit(self) -> None:
         """Add the chunk to the imatrix.
@@ -183,6 +203,9 @@ class _Collector:
         if self._error is not None:
             raise EngineError("the activations could not be read") from self._error
         self.imatrix.merge(self._chunk)
+        while self._inputs:
+            name, inputs = self._inputs.popitem()
+            self.imatrix.add_gram(name, np.concatenate(inputs))
         self.imatrix.n_chunks += 1
 
     def _call(self, pointer: int, ask: bool, _data: object) -> bool:
@@ -213,11 +236,20 @@ class _Collector:
         # (n_token, n_used or 1, n_per_row) for experts, (1, n_token, n_per_row) otherwise.
         inputs = self._lib.read(tensor.src[1], np.dtype("<f4"))
         if self._ops[tensor.op] == _MUL_MAT:
-            self._chunk.add(name, 0, 1, inputs.reshape(-1, inputs.shape[-1]))
+            inputs = inputs.reshape(-1, inputs.shape[-1])
+            self._chunk.add(name, 0, 1, inputs)
+            self._keep(name, inputs)
             return
         ids = self._lib.read(tensor.src[2], np.dtype("<i4")).reshape(inputs.shape[1], -1)
         inputs = inputs[0]
         n_slots = inputs.shape[1]
+        if n_slots == 1:
+            self._keep(name, inputs[:, 0])
         for expert in np.unique(ids):
             i_token, i_used = np.nonzero(ids == expert)
             self._chunk.add(name, int(expert), n_mat, inputs[i_token, i_used % n_slots])
+
+    def _keep(self, name: str, inputs: NDArray[np.float32]) -> None:
+        """Keep the inputs of a tensor whose name its Gram matrix goes by."""
+        if self.wants_grams and gram_name(name, is_latent=self._is_latent) == name:
+            self._inputs.setdefault(name, []).append(inputs.copy())

@@ -32,7 +32,8 @@ from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.score import N_ROWS, Source, chunk_predictions, log_softmax
 from nanorun_quant.ggml import load_ggml
-from nanorun_quant.imatrix import Imatrix, read_imatrix, write_imatrix
+from nanorun_quant.imatrix import Imatrix
+from nanorun_quant.imatrix_file import read_imatrix, write_imatrix
 
 Progress = Callable[[str, int, int], None]
 

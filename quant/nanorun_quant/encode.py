@@ -15,6 +15,7 @@ import numpy as np
 from nanorun.errors import LibraryError, UsageError
 from nanorun.model.ggml_type import GgmlType
 from nanorun_quant.codecs import q2_0
+from nanorun_quant.feedback import Feedback
 from nanorun_quant.ggml import F16_MAX, Ggml, UnquantizableError, check_range, load_ggml
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Encoder:
         data: NDArray[np.float32],
         type_: GgmlType,
         weights: NDArray[np.float32] | None = None,
+        feedback: Feedback | None = None,
     ) -> NDArray[np.uint8]:
         """Encode rows as `type_`.
 
@@ -60,6 +62,7 @@ class Encoder:
             data: `(n_rows, n_per_row)`.
             type_: The type.
             weights: Weight of each column's squared error, `(n_per_row,)`.
+            feedback: How columns make up for each other's errors.
 
         Returns:
             The bytes, `(n_rows, row_bytes)`.
@@ -67,6 +70,20 @@ class Encoder:
         Raises:
             UnquantizableError: If the type cannot hold a number.
         """
+        if feedback is None or not type_.is_quantized:
+            return self._encode(data, type_, weights)
+
+        def encode_block(
+            numbers: NDArray[np.float32], columns: slice
+        ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+            raw = self._encode(numbers, type_, None if weights is None else weights[columns])
+            return raw, self._ggml.dequantize(raw, type_, numbers.shape[1])
+
+        return feedback.encode(data, type_.block_size, encode_block)
+
+    def _encode(
+        self, data: NDArray[np.float32], type_: GgmlType, weights: NDArray[np.float32] | None
+    ) -> NDArray[np.uint8]:
         if type_ is GgmlType.Q2_0:
             check_range(data, type_)
             return q2_0.encode(data, weights)
@@ -79,17 +96,29 @@ class Encoder:
         self._ggml.check_blocks(raw, type_)
         return raw
 
-    def squared_error(
+    def noise(
         self,
         data: NDArray[np.float32],
         type_: GgmlType,
-        weights: NDArray[np.float32] | None = None,
-    ) -> float:
-        """What encoding as `type_` adds: the sum of weighted squared differences."""
-        raw = self.encode(data, type_, weights)
-        difference = self._ggml.dequantize(raw, type_, data.shape[1]).astype(np.float64) - data
-        squares = np.square(difference).sum(axis=0)
-        return float(squares.sum() if weights is None else squares @ weights)
+        weights: NDArray[np.float32],
+        feedback: Feedback | None = None,
+    ) -> NDArray[np.float64]:
+        """Mean square of what encoding as `type_` adds to each row's output, `(n_rows,)`."""
+        raw = self.encode(data, type_, weights, feedback)
+        return powers(self._ggml.dequantize(raw, type_, data.shape[1]) - data, weights, feedback)
+
+
+def powers(
+    rows: NDArray[np.float32], weights: NDArray[np.float32], feedback: Feedback | None = None
+) -> NDArray[np.float64]:
+    """Mean square of each row's output, `(n_rows,)`.
+
+    Without `feedback` as if inputs, of mean squares `weights`, did not go together.
+    """
+    if feedback is not None:
+        return feedback.powers(rows)
+    found: NDArray[np.float64] = np.square(rows, dtype=np.float64) @ weights
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,10 @@ from nanorun_quant.ggml import NEED_IMATRIX
 from nanorun_quant.padding import Padding, pad_arch, paddings, refusals
 from nanorun_quant.recipe import Assignment, Recipe, assign
 
+MAX_GROWTH = 1.25
+"""Padding 3-bit rows by more makes them larger than 4-bit ones that need none. Nano's sizes grow by
+3 to 10 %."""
+
 
 @dataclass(frozen=True, slots=True)
 class Fit:
@@ -67,7 +71,7 @@ def fit_recipe(
 
     With `auto`, a recipe that pads gets the padding with which most weights have their first
     choice, and the fewest bytes among those; every other recipe is padded only where it would not
-    fit otherwise.
+    fit otherwise. No size grows by more than `MAX_GROWTH` where the recipe fits without.
 
     Raises:
         UsageError: If the recipe fits the shape with no padding that `pad` and the model allow.
@@ -84,7 +88,8 @@ def fit_recipe(
     if not fits:
         assert refused is not None
         raise _explained(refused, arch, pad)
-    return min(fits, key=_cost)
+    small = [fit for fit in fits if all(to <= MAX_GROWTH * n for n, to in fit.padding.values())]
+    return min((small if pad == "auto" else fits) or fits, key=_cost)
 
 
 def _fit(

@@ -13,7 +13,7 @@ from functools import partial
 
 from nanorun.model.ggml_type import GgmlType as T
 from nanorun.model.tensor_roles import Role, TensorSpec
-from nanorun_quant.recipe import Recipe
+from nanorun_quant.recipe import Recipe, Types
 
 # llama_ftype_get_default_type: the type of what no rule names.
 PRESETS: dict[str, T] = {
@@ -25,6 +25,15 @@ PRESETS: dict[str, T] = {
     "Q4_1": T.Q4_1, "Q4_0": T.Q4_0,
 }  # fmt: skip
 """Preset to its main type."""
+
+_STAND_INS = {
+    T.Q6_K: T.Q8_0, T.Q5_K: T.Q5_1, T.IQ2_XXS: T.Q2_0,
+    **dict.fromkeys(
+        (T.Q4_K, T.IQ4_XS, T.Q3_K, T.IQ3_S, T.IQ3_XXS, T.Q2_K, T.IQ2_S, T.IQ2_XS), T.IQ4_NL
+    ),
+}  # fmt: skip
+"""The smallest type of short blocks that is as good as one of blocks of 256, for rows that have
+none and are not padded. llama.cpp takes Q5_0 for Q4_K, Q4_0 below, and the same above."""
 
 _FEW_BITS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -54,7 +63,7 @@ class _Place:
     n_expert: int
 
 
-def _types_by_tensor(preset: str, specs: Sequence[TensorSpec]) -> Mapping[str, T]:
+def _types_by_tensor(preset: str, specs: Sequence[TensorSpec]) -> Mapping[str, Types]:
     n_layer = 1 + max((_i_layer(spec.name) for spec in specs), default=0)
     n_attention = sum(spec.role is Role.ATTN_V for spec in specs)
     experts = next((spec for spec in specs if spec.role is Role.EXPERT_UP), None)
@@ -67,7 +76,8 @@ def _types_by_tensor(preset: str, specs: Sequence[TensorSpec]) -> Mapping[str, T
         # Dense models count their MLP layers, models with experts their blocks.
         i_layer = _i_layer(spec.name) if n_expert > 1 else i_down
         place = _Place(i_layer, i_down, n_layer, i_attention, n_attention, n_expert)
-        types[spec.name] = _type_of(preset, spec.role, place, tied)
+        wanted = _type_of(preset, spec.role, place, tied)
+        types[spec.name] = (wanted, _STAND_INS.get(wanted, wanted))
         i_attention += spec.role is Role.ATTN_V
         i_down += spec.role in _DOWN
     return types

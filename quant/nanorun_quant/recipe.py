@@ -20,7 +20,7 @@ ANY_ROLE = "*"
 DEFAULT_RECIPE = "q8_0"
 
 Types = tuple[GgmlType, ...]
-ByTensor = Callable[[Sequence[TensorSpec]], Mapping[str, GgmlType]]
+ByTensor = Callable[[Sequence[TensorSpec]], Mapping[str, Types]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def assign(
 def _assign(
     recipe: Recipe,
     spec: TensorSpec,
-    named: Mapping[str, GgmlType],
+    named: Mapping[str, Types],
     overrides: Mapping[str, GgmlType],
 ) -> Assignment:
     if not spec.quantizable:
@@ -149,9 +149,7 @@ def _assign(
     for key in (spec.role.value, ANY_ROLE):
         if key in overrides:
             return Assignment(overrides[key], f"type map {key}={overrides[key].label}")
-    if spec.name in named:
-        return Assignment(named[spec.name], f"recipe {recipe.name}")
-    first, *others = recipe.types_of(spec.role)
+    first, *others = named.get(spec.name) or recipe.types_of(spec.role)
     if spec.n_per_row % first.block_size:
         for type_ in others:
             if spec.n_per_row % type_.block_size == 0:

@@ -49,22 +49,25 @@ def test_imatrix_is_collected_and_lets_convert_go_lower(
     text, imatrix = tmp_path / "text.txt", tmp_path / "i.gguf"
     text.write_text(TEXT)
     out = str(tmp_path / "model.gguf")
-    refused = nanorun("convert", str(pico_source), "--recipe", "16g", "--out", out)
+    recipe = ("convert", str(pico_source), "--recipe", "iq3_xxs", "--out", out)
+    refused = nanorun(*recipe)
     assert refused.code == 2
-    assert "recipe 16g needs an imatrix" in refused.err
+    assert "recipe iq3_xxs needs an imatrix" in refused.err
     assert "nanorun imatrix " in refused.err
     result = nanorun(
         "imatrix", str(pico_f32_gguf), "--text", str(text), "--out", str(imatrix), "--n-ctx", "64",
-        "--json",
+        "--gram", "--json",
     )  # fmt: skip
     assert json.loads(result.out).keys() == {
-        "path", "n_chunks", "n_tensors", "n_unseen", "n_sensitivity",
+        "path", "n_chunks", "n_tensors", "n_unseen", "n_sensitivity", "n_grams",
     }  # fmt: skip
-    made = nanorun(
-        "convert", str(pico_source), "--recipe", "16g", "--out", out, "--imatrix", str(imatrix)
-    )
+    made = nanorun(*recipe, "--imatrix", str(imatrix))
     assert made.code == 0
     assert "padded: n_embd 320 to 512 (+60.0%)" in made.out
+    assert "quantized by ggml, error feedback" in made.out
+    again = nanorun(*recipe, "--imatrix", str(imatrix), "--feedback", "never", "--force")
+    assert again.code == 0
+    assert "error feedback" not in again.out
 
 
 def test_sensitivity_goes_into_the_imatrix_and_from_there_into_the_search(

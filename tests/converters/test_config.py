@@ -107,6 +107,12 @@ def test_dense_model_with_the_other_head_spelling_is_read() -> None:
     assert arch_of(config) == NANO_4B
 
 
+def test_both_spellings_of_the_kv_heads_must_agree() -> None:
+    assert arch_of(NANO_CONFIG | {"num_query_groups": 2}) == NANO
+    message = refused(NANO_CONFIG | {"num_query_groups": 8})
+    assert "num_query_groups: expected 2, as num_key_value_heads says" in message
+
+
 def test_dense_model_ignores_the_defaults_of_experts() -> None:
     """transformers saves them for every model, whatever its layers."""
     arch = arch_of(TINY | {"hybrid_override_pattern": "M-*-"})

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -200,10 +201,30 @@ def test_existing_file_is_kept_unless_forced(source: Path, out: Path) -> None:
     with pytest.raises(UsageError) as caught:
         convert(source, ConvertOptions(out=out))
     assert caught.value.message == f"{out} exists already"
-    assert caught.value.tries[0].endswith("--force")
+    assert caught.value.tries == (f"nanorun convert {source} --out {out} --force",)
     assert out.read_bytes() == b"precious"
     convert(source, ConvertOptions(out=out, force=True))
     assert read_gguf(out).tensors
+
+
+def test_suggested_command_asks_for_the_same(source: Path, out: Path) -> None:
+    out.write_bytes(b"precious")
+    types = {"expert_up": "q5_0"}
+    options = ConvertOptions(out=out, recipe="q4_0", type_map=types, keep_mtp=False)
+    with pytest.raises(UsageError) as caught:
+        convert(source, options)
+    flags = f"--recipe q4_0 --no-mtp --out {out} --force --type-map expert_up=q5_0"
+    assert caught.value.tries == (f"nanorun convert {source} {flags}",)
+
+
+def test_output_of_an_impossible_name_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="file name too long"):
+        convert(source, ConvertOptions(out=tmp_path / ("a" * 300)))
+
+
+def test_bits_per_weight_without_end_are_refused(source: Path) -> None:
+    with pytest.raises(UsageError, match="--target-bpw inf"):
+        convert(source, ConvertOptions(target_bpw=math.inf))
 
 
 def test_missing_output_folder_is_refused(source: Path, out: Path) -> None:
@@ -268,6 +289,47 @@ def test_file_that_changes_during_the_conversion_is_refused(
     with pytest.raises(ModelError, match=r"model\.safetensors: expected \d+ bytes"):
         convert(source, ConvertOptions(out=out, n_threads=1), cut)
     assert nothing_left(out)
+
+
+def test_file_that_is_exchanged_during_the_conversion_is_refused(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_module, "PIECE_ELEMENTS", 1000)
+    path = source / "model.safetensors"
+
+    def exchange(progress: ConvertProgress) -> None:
+        copy = path.with_name("copy")
+        copy.write_bytes(path.read_bytes())
+        copy.replace(path)
+
+    with pytest.raises(ModelError, match=r"model\.safetensors was changed while it was read"):
+        convert(source, ConvertOptions(out=out, n_threads=1), exchange)
+    assert nothing_left(out)
+
+
+def test_small_files_are_read_once(source: Path, out: Path) -> None:
+    def change(progress: ConvertProgress) -> None:
+        (source / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
+
+    convert(source, ConvertOptions(out=out), change)
+    assert "general.sampling.temp" not in read_gguf(out).metadata
+
+
+def test_source_that_is_away_for_a_while_can_be_gone_on_with(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert_module, "PIECE_ELEMENTS", 1000)
+    monkeypatch.setattr("nanorun_converters.output.SYNC_BYTES", 1)
+    away = source.with_name("away")
+
+    def unmount(progress: ConvertProgress) -> None:
+        if source.exists():
+            source.rename(away)
+
+    with pytest.raises(ModelError, match="No such file"):
+        convert(source, ConvertOptions(out=out, n_threads=1), unmount)
+    away.rename(source)
+    assert convert(source, ConvertOptions(out=out)).resumed
 
 
 def test_failure_in_the_progress_callback_leaves_nothing(source: Path, out: Path) -> None:

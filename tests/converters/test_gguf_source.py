@@ -55,6 +55,14 @@ def test_metadata_is_carried_over_but_for_what_changed(source: Path, tmp_path: P
     assert after.keys() == before.keys()
 
 
+def test_padding_is_not_forgotten(tmp_path: Path) -> None:
+    source = write_source_model(tmp_path / "source")
+    before = converted(source, tmp_path / "before.gguf", recipe="bf16", pad="always").metadata
+    after = converted(tmp_path / "before.gguf", tmp_path / "after.gguf", recipe="q8_0").metadata
+    assert before["nanorun.padding"]
+    assert after["nanorun.padding"] == before["nanorun.padding"]
+
+
 @pytest.mark.parametrize("arch", [TINY_MOE, TINY_LATENT_MTP, TINY_DENSE])
 def test_file_of_another_converter_is_taken(arch: object, tmp_path: Path) -> None:
     kv = gguf_metadata(arch) | {"general.name": "other", "general.author": "someone"}  # type: ignore[arg-type]

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from nanorun.errors import ModelError, NanorunError
+from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.model.gguf import read_gguf
 from nanorun_converters import convert as convert_module
 from nanorun_converters import hub as hub_module
 from nanorun_converters import output as output_module
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert
-from nanorun_converters.hub import HubFiles, parse_repository
+from nanorun_converters.hub import HubClient, HubFiles, parse_repository
 from nanorun_converters.range_cache import BLOCK_BYTES
 from nanorun_converters.store import SourceUnreachableError
 from tests.hub_server import COMMIT, REPOSITORY, TOKEN, FakeHub, serve_hub
@@ -129,7 +134,7 @@ def test_pauses_grow_and_obey_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPa
     hub.faults = {"503": 1.0}
     with pytest.raises(SourceUnreachableError, match="cannot be read from"):
         HubFiles(REPOSITORY, pause=pauses.append)
-    assert len(pauses) == hub_module.N_TRIES
+    assert len(pauses) == hub_module.N_TRIES - 1  # after the last try there is nothing to wait for
     assert all(later > earlier for earlier, later in pairwise(pauses[:6]))
     assert max(pauses) <= hub_module.LONGEST_PAUSE_S * 1.25
 
@@ -153,6 +158,87 @@ def test_hub_that_goes_away_leaves_a_start_to_go_on_with(
     hub.faults = {}
     assert convert(files_of(hub), ConvertOptions(out=out)).resumed
     assert tensor_bytes(out) == expected_bytes(source, tmp_path)
+
+
+def stop_at_a_third(hub: FakeHub, change: Any) -> Any:
+    def progress(progress: ConvertProgress) -> None:
+        if progress.n_bytes_done > progress.n_bytes // 3:
+            change(hub)
+
+    return progress
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nanorun_converters.range_cache.BLOCK_BYTES", 8192)
+    monkeypatch.setattr(convert_module, "PIECE_ELEMENTS", 3000)
+    monkeypatch.setattr(output_module, "SYNC_BYTES", 1)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_token_that_runs_out_leaves_a_start_to_go_on_with(
+    hub: FakeHub, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def revoke(hub: FakeHub) -> None:
+        hub.token, hub.faults = "another", {"expired": 1.0}
+
+    out = tmp_path / "out.gguf"
+    with pytest.raises(ModelError, match="does not let you read it"):
+        convert(files_of(hub), ConvertOptions(out=out), stop_at_a_third(hub, revoke))
+    assert (tmp_path / "out.gguf.part").exists()
+    hub.faults = {}
+    monkeypatch.setenv("HF_TOKEN", "another")
+    assert convert(files_of(hub), ConvertOptions(out=out)).resumed
+    assert tensor_bytes(out) == expected_bytes(source, tmp_path)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_ctrl_c_does_not_wait_for_a_hub_that_is_away(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "FIRST_PAUSE_S", 30.0)
+
+    n_calls = 0
+
+    def stop(hub: FakeHub) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        hub.faults = {"503": 1.0}
+        if n_calls == 5:  # of the pieces handed out meanwhile, some wait for the Hub
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        convert(
+            HubFiles(REPOSITORY),
+            ConvertOptions(out=tmp_path / "o.gguf"),
+            stop_at_a_third(hub, stop),
+        )
+    assert time.monotonic() - started < 15
+    assert (tmp_path / "o.gguf.part").exists()
+
+
+def test_hub_is_not_needed_once_the_weights_are_read(hub: FakeHub, tmp_path: Path) -> None:
+    def unplug(progress: ConvertProgress) -> None:
+        if progress.n_bytes_done == progress.n_bytes:
+            hub.faults = {"500": 1.0}
+
+    assert convert(files_of(hub), ConvertOptions(out=tmp_path / "o.gguf"), unplug).bytes > 10_000
+
+
+def test_memory_for_small_reads_does_not_grow_with_the_files(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanorun_converters.range_cache.BLOCK_BYTES", 1024)
+    monkeypatch.setattr("nanorun_converters.range_cache.N_BLOCKS", 4)
+    files = files_of(hub)
+    shards = [files.find(f"model-0000{i}-of-00003.safetensors") for i in (1, 2, 3)]
+    for store in shards:
+        assert store is not None
+        for offset in range(0, 16 * 1024, 1024):
+            expected = (hub.folder / store.name).read_bytes()[offset : offset + 9]
+            assert store.read(offset, 9).tobytes() == expected
+    assert len(files._cache._blocks) == 4
 
 
 def test_quantized_source_is_streamed(tmp_path: Path, source: Path, hub: FakeHub) -> None:
@@ -184,6 +270,78 @@ def test_token_is_shown_to_the_hub_and_to_nobody_else(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     convert(files_of(hub), ConvertOptions(out=tmp_path / "out.gguf"))
     assert hub.leaked == []
+
+
+def test_line_break_after_the_token_is_no_part_of_it(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = TOKEN
+    monkeypatch.setenv("HF_TOKEN", f"{TOKEN}\n")
+    assert files_of(hub).revision == COMMIT
+
+
+@pytest.mark.parametrize("token", [f"{TOKEN}\x01", f"{TOKEN}\u20ac"])
+def test_token_that_is_none_is_refused_without_showing_it(
+    token: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UsageError) as caught:
+        files_of(hub)
+    assert TOKEN not in caught.value.render()
+
+
+class Session:
+    """Notes who is asked with which headers; sends from `https` to `http` of the same name."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, dict[str, str]]] = []
+
+    def head(self, url: str, headers: dict[str, str], **_: object) -> Any:
+        self.asked.append((url, headers))
+        return SimpleNamespace(status_code=302, headers={"Location": "http://hub.test/elsewhere"})
+
+    @contextmanager
+    def stream(self, method: str, url: str, headers: dict[str, str], **_: object) -> Iterator[Any]:
+        self.asked.append((url, headers))
+        yield None
+
+
+def test_token_is_not_sent_in_the_clear(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://hub.test")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    client, session = HubClient(), Session()
+    client._session = session
+    with client._answer("a/b/resolve/main/x", "x", 0, 1):
+        pass
+    shown = [url for url, headers in session.asked if TOKEN in str(headers)]
+    assert shown == ["https://hub.test/a/b/resolve/main/x"]
+    assert session.asked[-1][0] == "http://hub.test/elsewhere"
+
+
+@pytest.mark.parametrize("endpoint", ["hub.test", "ftp://hub.test", "https://", "http://a b"])
+def test_endpoint_that_is_no_address_is_refused_at_once(
+    endpoint: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(UsageError, match="HF_ENDPOINT is no address"):
+        files_of(hub)
+
+
+def test_password_in_the_endpoint_is_not_shown(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint.replace("//", "//me:secret@"))
+    with pytest.raises(ModelError) as caught:
+        HubFiles("nvidia/None", pause=lambda seconds: None)
+    assert "secret" not in caught.value.render()
+
+
+def test_hub_that_never_answers_is_given_up(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "TIMEOUT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(SourceUnreachableError):
+            files_of(hub)
 
 
 @pytest.mark.parametrize(

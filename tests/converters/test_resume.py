@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,12 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanorun.errors import ModelError
 from nanorun_converters import convert as convert_module
+from nanorun_converters import journal as journal_module
 from nanorun_converters import output as output_module
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, ConvertResult, convert
+from nanorun_converters.plan import plan_conversion
+from nanorun_quant.imatrix import Imatrix
 from tests.source_models import write_json, write_source_model
 
 # Notes every piece, and is slow, so that a kill finds it somewhere in the middle.
@@ -140,6 +145,57 @@ def test_stop_before_the_first_piece_leaves_nothing(
     assert not list(out.parent.iterdir())
 
 
+def test_stop_while_the_start_is_checked_keeps_it(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(20, source, out)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(output_module, "_crc_of", stop)
+        convert(source, ConvertOptions(out=out))
+    assert finish(source, out)[1] > 20_000
+
+
+def test_stop_while_the_journal_is_written_anew_keeps_the_old_one(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_after(20, source, out)
+
+    def stop(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(journal_module, "_fields", stop)
+        convert(source, ConvertOptions(out=out))
+    assert finish(source, out)[1] > 20_000
+    assert files(out) == expected_files(source, out)
+
+
+def test_stop_between_the_names_of_a_split_can_be_gone_on_from(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, left = Path.replace, 2
+
+    def stop_at_the_second(path: Path, target: Path) -> Path:
+        nonlocal left
+        left -= target.suffix == ".gguf"
+        if not left:
+            raise Stopped
+        return replace(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(Path, "replace", stop_at_the_second)
+        convert(source, ConvertOptions(out=out, split_max_bytes=120_000))
+    assert [path for path in out.parent.iterdir() if path.suffix == ".gguf"]
+    result, first = finish(source, out, split_max_bytes=120_000)
+    assert result.resumed
+    assert not first  # all of the data was there
+    assert files(out) == expected_files(source, out, split_max_bytes=120_000)
+
+
 def test_hash_that_was_known_before_the_stop_is_not_computed_again(source: Path, out: Path) -> None:
     stop_after(40, source, out)
     digest = hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest()
@@ -177,6 +233,17 @@ def test_changed_recipe_starts_anew_and_says_so(
     if "recipe" in changed:  # a split file has another name, and so another part
         assert "starting anew" in caplog.text
         assert files(out) == expected_files(source, out, **changed)
+
+
+def test_other_gram_matrices_are_another_conversion(source: Path, out: Path) -> None:
+    layouts = (plan := plan_conversion(source, ConvertOptions(out=out))).lay_out()
+    prints = {
+        convert_module._fingerprint(
+            dataclasses.replace(plan, imatrix=Imatrix(grams=grams)), layouts
+        )
+        for grams in ({}, {"a": np.eye(2, dtype=np.float32)}, {"b": np.eye(2, dtype=np.float32)})
+    }
+    assert len(prints) == 3
 
 
 def flip(path: Path, offset: int) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nanorun.errors import ModelError
-from nanorun_converters.source import open_source
-from nanorun_converters.store import decode
+from nanorun_converters.source import open_files, open_source
+from nanorun_converters.store import LocalFiles, decode
 from tests.source_models import encode, write_json, write_source_model
 
 INDEX = "model.safetensors.index.json"
@@ -147,3 +149,43 @@ def test_file_gone_while_it_is_read_is_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors: No such file"):
         tensor.read(0, tensor.n_elements)
+
+
+class _Gate:
+    """A file that can only be read while all others are."""
+
+    def __init__(self, store: Any, barrier: Barrier) -> None:
+        self._store, self._barrier = store, barrier
+        self.name, self.n_bytes = store.name, store.n_bytes
+        self._is_open = False
+
+    def read(self, offset: int, n_bytes: int) -> Any:
+        if not self._is_open:
+            self._barrier.wait(timeout=10)
+            self._is_open = True
+        return self._store.read(offset, n_bytes)
+
+
+class _FarFiles:
+    """The files of a folder, as if they lay far away."""
+
+    n_reads_ahead = 2
+
+    def __init__(self, folder: Path, n_files: int) -> None:
+        self._files, self._barrier = LocalFiles(folder), Barrier(n_files)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._files, name)
+
+    def find(self, name: str) -> Any:
+        found = self._files.find(name)
+        is_weights = found is not None and name.endswith(".safetensors")
+        return _Gate(found, self._barrier) if is_weights else found
+
+
+def test_headers_of_files_far_away_are_read_at_the_same_time(tmp_path: Path) -> None:
+    folder = write_source_model(tmp_path / "source", n_shards=3)
+    expected = open_source(folder).tensors
+    found = open_files(_FarFiles(folder, 3), needs_weights=True).tensors
+    assert found.keys() == expected.keys()
+    assert all(found[name].offset == tensor.offset for name, tensor in expected.items())

@@ -200,6 +200,12 @@ UNSUPPORTED: dict[str, tuple[Edit, str]] = {
     ),
     "normalizer": (lambda t: t.update(normalizer={"type": "NFC"}), "normalizer"),
     "post-processor": (lambda t: t.update(post_processor={"type": "Bert"}), "post_processor"),
+    "post-processors of no kind": (
+        lambda t: t.update(post_processor={"type": "Sequence", "processors": 5}), "post_processor",
+    ),
+    "post-processor that adds a number": (
+        lambda t: t.update(post_processor=template_processing(7, TEXT)), "post_processor",
+    ),
     "two tokens in front": (
         lambda t: t.update(post_processor=template_processing(BOS, BOS, TEXT)), "post_processor",
     ),

@@ -11,7 +11,7 @@ import nanorun_converters.convert
 from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.library.bundled import BUNDLED_MODELS, BundledFiles
 from nanorun.library.local import models_folder, resolve_model
-from nanorun_converters.plan import ConvertOptions
+from nanorun_converters.options import ConvertOptions
 
 
 @pytest.fixture

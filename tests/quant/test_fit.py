@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nanorun.errors import UsageError
@@ -61,6 +63,34 @@ def test_padding_is_taken_only_where_it_pays() -> None:
     assert set(fit_recipe(RECIPES["q3"], LIGHTNING).padding) == {"n_ff_exp", "n_ff_shexp"}
     assert set(fit_recipe(RECIPES["q3"], SUPER).padding) == {"n_ff_exp"}
     assert fit_recipe(recipe_by_name("q4_0"), NANO).padding == {}
+
+
+SMALL = replace(NANO, n_embd=320, n_ff_exp=192, n_ff_shexp=320)
+"""Pico's row lengths, which padding would make 33 and 60 % longer."""
+
+
+@pytest.mark.parametrize("name", ["q3", "q6", "Q4_K_M", "Q3_K_M", "Q2_K"])
+def test_rows_that_padding_makes_much_longer_stay_as_they_are(name: str) -> None:
+    recipe = recipe_by_name(name)
+    plain, padded = fit_recipe(recipe, SMALL), fit_recipe(recipe, SMALL, "always")
+    assert plain.padding == {}
+    assert plain.tensor_bytes < padded.tensor_bytes
+    for spec in plain.specs:
+        # Nothing is weaker than what the recipe wants.
+        wanted = padded.assignments[spec.name].type
+        assert plain.assignments[spec.name].type.bpw >= wanted.bpw, spec.name
+
+
+def test_type_without_a_stand_in_is_padded_whatever_it_takes() -> None:
+    assert "n_embd" in fit_recipe(recipe_by_name("q4_k"), SMALL).padding
+
+
+@pytest.mark.parametrize("name", ["Q4_K_M", "IQ2_XXS", "Q6_K"])
+def test_preset_has_a_stand_in_where_rows_cannot_be_padded(name: str) -> None:
+    fit = fit_recipe(recipe_by_name(name), LIGHTNING)
+    assert "n_embd" not in fit.padding
+    reasons = {a.reason for a in fit.assignments.values() if not a.is_first_choice}
+    assert any("has blocks of 256, rows are 2688" in reason for reason in reasons)
 
 
 def test_recipe_that_cannot_be_padded_says_why() -> None:

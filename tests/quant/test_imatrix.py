@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nanorun.errors import ModelError
-from nanorun_quant.imatrix import Entry, Imatrix, per_expert, read_imatrix, write_imatrix
+from nanorun_quant.imatrix import Entry, Imatrix, per_expert
+from nanorun_quant.imatrix_file import read_imatrix, write_imatrix
 
 NAME, EXPERTS = "blk.0.ssm_in.weight", "blk.1.ffn_up_exps.weight"
 

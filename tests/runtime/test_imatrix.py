@@ -13,7 +13,9 @@ from nanorun.model.gguf import read_gguf
 from nanorun.runtime.imatrix import collect_here, collect_imatrix
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.score import Source
-from nanorun_quant.imatrix import read_imatrix
+from nanorun_converters.convert import ConvertOptions, convert
+from nanorun_quant.imatrix_file import read_imatrix
+from tests.source_models import write_source_model
 
 TEXT = "What is 47 + 86? " * 60
 OPTIONS = EngineOptions(n_threads=1)
@@ -61,16 +63,53 @@ def test_first_matrix_sees_the_normalized_embeddings(pico_f32_gguf: Path, tmp_pa
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
+def test_gram_matrices_are_of_the_inputs_whose_squares_are_summed(
+    pico_f32_gguf: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "i.gguf"
+    imatrix = collect_imatrix(pico_f32_gguf, TEXT, "t", out, 64, OPTIONS, grams=True)
+    blocks = {"M": ("ssm_in", "ssm_out"), "*": ("attn_q", "attn_output"),
+              "E": ("ffn_up_shexp", "ffn_down_shexp")}  # fmt: skip
+    expected = {f"blk.{i}.{role}.weight" for i, kind in enumerate("MEM*EM*E")
+                for role in blocks[kind]}  # fmt: skip
+    assert imatrix.grams.keys() == expected | {"output.weight"}
+    for name, gram in imatrix.grams.items():
+        np.testing.assert_allclose(gram, gram.T, rtol=1e-3, atol=1e-3 * gram.max())
+        np.testing.assert_allclose(np.diag(gram), imatrix.entries[name].sums[0], rtol=1e-4)
+        assert np.abs(gram - np.diag(np.diag(gram))).max() > 0
+
+
+def test_experts_that_read_a_latent_share_its_gram_matrix(tmp_path: Path) -> None:
+    source = write_source_model(
+        tmp_path / "source", pattern="ME*", dtype="F32", vocab_size=1024, moe_latent_size=32
+    )
+    path, out = tmp_path / "latent.gguf", tmp_path / "i.gguf"
+    convert(source, ConvertOptions(out=path, recipe="f32"))
+    imatrix = collect_imatrix(path, TEXT, "t", out, 64, OPTIONS, grams=True)
+    (name,) = [name for name in imatrix.grams if "ffn_up_exps" in name]
+    entry, gram = imatrix.entries[name], imatrix.grams[name]
+    n_used = entry.counts.sum() // (imatrix.n_chunks * 64)
+    # Each token's input is in the sums of all experts that it is routed to.
+    np.testing.assert_allclose(n_used * np.diag(gram), entry.sums.sum(0), rtol=1e-4)
+
+
+def test_gram_matrices_are_not_begun_half_way(pico_f32_gguf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "i.gguf"
+    collect_imatrix(pico_f32_gguf, TEXT, "t", out, 64, OPTIONS)
+    with pytest.raises(UsageError, match="was begun without --gram"):
+        collect_imatrix(pico_f32_gguf, TEXT, "t", out, 64, OPTIONS, grams=True)
+
+
 def test_stopped_run_is_continued(pico_f32_gguf: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.gguf", tmp_path / "cut.gguf"
-    expected = collect_imatrix(pico_f32_gguf, TEXT, "t", whole, 64, OPTIONS)
+    expected = collect_imatrix(pico_f32_gguf, TEXT, "t", whole, 64, OPTIONS, grams=True)
 
     def stop(n_done: int, _n_total: int) -> None:
         if n_done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect_here(pico_f32_gguf, Source(TEXT, 64), "t", cut, OPTIONS, stop)
+        collect_here(pico_f32_gguf, Source(TEXT, 64), "t", cut, OPTIONS, stop, grams=True)
     assert read_imatrix(cut).n_chunks == 2
     seen: list[int] = []
     found = collect_imatrix(
@@ -81,6 +120,8 @@ def test_stopped_run_is_continued(pico_f32_gguf: Path, tmp_path: Path) -> None:
     for name, entry in expected.entries.items():
         np.testing.assert_allclose(found.entries[name].sums, entry.sums, rtol=1e-3, atol=1e-3)
         np.testing.assert_array_equal(found.entries[name].counts, entry.counts)
+    for name, gram in expected.grams.items():
+        np.testing.assert_allclose(found.grams[name], gram, rtol=1e-3, atol=1e-3 * gram.max())
 
 
 def test_interrupted_caller_keeps_whole_chunks(pico_f32_gguf: Path, tmp_path: Path) -> None:

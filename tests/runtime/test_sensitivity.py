@@ -14,7 +14,7 @@ from nanorun.runtime.imatrix import collect_imatrix
 from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.score import Source
 from nanorun.runtime.sensitivity import _rounded, measure_sensitivity
-from nanorun_quant.imatrix import read_imatrix
+from nanorun_quant.imatrix_file import read_imatrix
 
 TEXT = "What is 47 + 86? 7+6+0=13, 4+8+1=13 133. " * 30
 SOURCE = Source(TEXT, 64)
