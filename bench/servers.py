@@ -11,8 +11,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,13 +110,16 @@ def _take(reply: Reply, chunk: dict[str, Any], started: float) -> None:
 
 @contextmanager
 def nanorun_server(model: Path, n_ctx: int, n_parallel: int) -> Iterator[Server]:
-    """`nanorun serve` on a free port."""
+    """`nanorun serve` on a free port, with no states of earlier runs on disk."""
     port = _free_port()
     command = [
         sys.executable, "-m", "nanorun", "serve", str(model), "--port", str(port),
         "--n-ctx", str(n_ctx), "--parallel", str(n_parallel),
     ]  # fmt: skip
-    with _running("nanorun", command, port) as server:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _running("nanorun", command, port, {"NANORUN_CACHE_DIR": folder}) as server,
+    ):
         yield server
 
 
@@ -130,9 +134,14 @@ def peer_server(model: Path, n_ctx: int, n_parallel: int) -> Iterator[Server]:
 
 
 @contextmanager
-def _running(name: str, command: Sequence[str], port: int) -> Iterator[Server]:
+def _running(
+    name: str, command: Sequence[str], port: int, env: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     url = f"http://127.0.0.1:{port}"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, **(env or {})},
+    )  # fmt: skip
     try:
         for _ in range(600):
             if process.poll() is not None:

@@ -14,31 +14,19 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
-from nanorun.model.chat import (
-    Event,
-    Finished,
-    GenerateOptions,
-    Message,
-    ModelInfo,
-    TextDelta,
-    ThinkingDelta,
-)
+from nanorun.model.chat import Event, Finished, GenerateOptions, ModelInfo
 from nanorun.runtime import wire
 from nanorun.runtime.child_main import run_as_child
 from nanorun.runtime.engine import Engine
 from nanorun.runtime.model import LoadedModel
 from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.request import (
-    compile_constraint,
-    needs_constraint,
-    prepare_anchor,
-    prepare_request,
-)
+from nanorun.runtime.reading_ahead import ReadingAhead, Turn
+from nanorun.runtime.request import compile_constraint, needs_constraint, prepare_request
 from nanorun.runtime.score import score_text
 
 log = logging.getLogger(__name__)
@@ -52,31 +40,6 @@ _SAVE_PAUSE_S = 0.05
 _FLUSH_EVERY_S = 0.004
 
 
-@dataclass(slots=True)
-class Turn:
-    """A reply in the making, kept for reading ahead once it is complete."""
-
-    messages: list[Message]
-    options: GenerateOptions
-    thinking: str = ""
-    answer: str = ""
-
-    def take(self, event: Event) -> None:
-        """Collect what was said."""
-        if isinstance(event, ThinkingDelta):
-            self.thinking += event.text
-        elif isinstance(event, TextDelta):
-            self.answer += event.text
-
-    def next_replies(self) -> list[Message]:
-        """The reply in the forms in which the next turn may carry it, the likelier last."""
-        plain = Message("assistant", self.answer.strip())
-        if not self.thinking or self.options.echo_thinking is False:
-            return [plain]
-        full = replace(plain, thinking=self.thinking)
-        return [full] if self.options.echo_thinking else [plain, full]
-
-
 class Worker:
     """Reads verbs, drives the engine, writes events."""
 
@@ -86,6 +49,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
         self._engine: Engine | None = None
         self._turns: dict[str, Turn] = {}
+        self._ahead = ReadingAhead()
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
         self._compiling: set[str] = set()
         """Requests whose grammar is not compiled yet."""
@@ -126,6 +90,10 @@ class Worker:
     def _serve(self, engine: Engine) -> None:
         while True:
             while not engine.busy or not self._inbox.empty():
+                if self._inbox.empty():
+                    self._read_ahead(engine)
+                    if engine.busy:
+                        break
                 frame = self._next_frame(engine)
                 if frame["verb"] == "close":
                     return
@@ -160,20 +128,16 @@ class Worker:
         self._send(request_id, wire.event_to_json(output))
         if isinstance(output, Finished):
             self._turns.pop(request_id, None)
-            if turn is not None and output.reason in ("stop", "length"):
-                self._read_ahead(engine, request_id, turn)
+            is_complete = output.reason in ("stop", "length")
+            if turn is not None and is_complete and engine.options.read_ahead:
+                self._ahead.add(request_id, turn)
 
-    def _read_ahead(self, engine: Engine, request_id: str, turn: Turn) -> None:
-        """Queue the known part of the next turn, to be read while nothing else runs."""
-        if not engine.options.read_ahead or engine.busy:
-            return
-        for reply in turn.next_replies():
-            with contextlib.suppress(NanorunError):  # nobody asked for it, so nobody is told
-                anchor = prepare_anchor(
-                    request_id, engine.model, turn.messages, reply, turn.options
-                )
-                if anchor is not None:
-                    engine.submit(anchor)
+    def _read_ahead(self, engine: Engine) -> None:
+        """Use idle time to read what is known of next turns, one conversation at a time."""
+        while not engine.busy and (requests := self._ahead.next(engine.model)) is not None:
+            for request in requests:
+                with contextlib.suppress(NanorunError):  # nobody asked for it, so nobody is told
+                    engine.submit(request)
 
     def _listen(self) -> None:
         """Reader thread: signs of life and cancellations do not wait for the end of a batch."""
@@ -237,6 +201,7 @@ class Worker:
             request_id, engine.model, messages, options, constraint, n_ctx=engine.context.n_ctx
         )
         engine.submit(request)
+        self._ahead.interrupt(messages)
         self._turns[request_id] = Turn(messages, options)
 
     def _compile(self, engine: Engine, frame: Frame, options: GenerateOptions) -> None:

@@ -180,6 +180,23 @@ async def test_second_turn_reads_only_what_is_new_whether_thinking_comes_back_or
     assert finished.usage.prompt_tokens - finished.usage.cached_tokens <= n_new
 
 
+async def test_second_turn_reads_only_what_is_new_although_others_were_answered(
+    client: EngineClient,
+) -> None:
+    long = GenerateOptions(think="off", max_tokens=300, ignore_eos=True)
+    other = client.generate([Message("user", "Hello")], long)
+    await until(other, TextDelta)
+    thinking, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
+    _, _, of_other = await collect(other)
+    assert of_other.usage.completion_tokens == 300  # it went on when the first had ended
+    await asyncio.sleep(0.5)
+    turns = [*SUM, Message("assistant", answer, thinking=thinking), Message("user", "12 + 30")]
+    _, _, finished = await collect(client.generate(turns, GenerateOptions()))
+    new_text = "<|im_start|>user\n12 + 30<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    n_new = len(await client.tokenize(new_text, special=True))
+    assert finished.usage.prompt_tokens - finished.usage.cached_tokens <= n_new
+
+
 async def test_stop_string_ends_the_answer(client: EngineClient) -> None:
     _, answer, finished = await collect(
         client.generate([Message("user", "Hello")], GenerateOptions(think="off", stop=("Give",)))
