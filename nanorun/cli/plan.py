@@ -13,7 +13,7 @@ import typer
 
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import write_data, write_json
-from nanorun.cli.planning import parse_wish
+from nanorun.cli.planning import parse_draft, parse_wish
 from nanorun.cli.shapes import shapes_of_model
 from nanorun.errors import MemoryPlanError, NanorunError, UsageError
 
@@ -60,6 +60,15 @@ def command(
             rich_help_panel=_WISH,
         ),
     ] = None,
+    draft: Annotated[
+        str,
+        typer.Option(
+            "--draft",
+            metavar="HOW",
+            help="Plan for guessing tokens ahead: off, lookup, or mtp.",
+            rich_help_panel=_WISH,
+        ),
+    ] = "off",
     device: Annotated[
         str,
         typer.Option(
@@ -141,7 +150,8 @@ def command(
     shapes = shapes_of_model(model, recipe)
     default = min(opt.DEFAULT_N_CTX, shapes[0].arch.n_ctx_train)
     wish = parse_wish(n_ctx, default_n_ctx=default, n_parallel=n_parallel, kv=kv)
-    wish = replace(wish, command=_with_machine(hardware, device, vram, ram))
+    command_line = _with_flags(hardware, device, vram, ram, draft)
+    wish = replace(wish, command=command_line, speculation=parse_draft(draft))
     machine = _machine(hardware, device, vram, ram)
     try:
         plan = plan_model(shapes, machine, wish)
@@ -186,10 +196,12 @@ def _machine(profile: Path | None, device: str, vram: str | None, ram: str | Non
     )
 
 
-def _with_machine(profile: Path | None, device: str, vram: str | None, ram: str | None) -> str:
-    """The command with the flags that describe the machine, for suggestions."""
+def _with_flags(
+    profile: Path | None, device: str, vram: str | None, ram: str | None, draft: str
+) -> str:
+    """The command with the flags that hold whatever else is tried, for suggestions."""
     flags = {"--device": None if device == "auto" else device, "--vram": vram, "--ram": ram,
-             "--hardware": profile}  # fmt: skip
+             "--hardware": profile, "--draft": None if draft == "off" else draft}  # fmt: skip
     given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
     return shlex.join(["plan", *chain.from_iterable(given)])
 
@@ -216,7 +228,7 @@ def _write_plot(path: Path, plan: Plan) -> None:
 
 
 def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
-    from nanorun.plan.probe import probe_contexts
+    from nanorun.plan.probe import probe_plan
     from nanorun.plan.verification import Probe, probe_keys, render_probe
     from nanorun_converters.shape_file import write_shape
 
@@ -226,12 +238,12 @@ def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
             # The engine reads the header only: a file without data has all it asks for.
             path = Path(folder) / "shape.gguf"
             write_shape(path, plan.shape.arch, {t.name: t.type for t in plan.shape.tensors})
-        found = Probe(plan, probe_contexts(path, [plan.settings])[0])
+        found = Probe(plan, probe_plan(path, plan.settings))
     return probe_keys(found), render_probe(found)
 
 
 def _verify(plan: Plan) -> tuple[dict[str, Any], str]:
-    from nanorun.plan.probe import measure, probe_contexts
+    from nanorun.plan.probe import measure, probe_plan
     from nanorun.plan.verification import Verification, render_verification, verification_keys
 
     path = plan.shape.path
@@ -244,7 +256,7 @@ def _verify(plan: Plan) -> tuple[dict[str, Any], str]:
     n_fill = min(_FILL, settings.n_ctx // 2)
     verified = Verification(
         plan=plan,
-        probed=probe_contexts(path, [settings])[0],
+        probed=probe_plan(path, settings),
         measured=measure(path, settings, n_fill),
         n_fill=n_fill,
     )

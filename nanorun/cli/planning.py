@@ -75,6 +75,17 @@ class Opening:
     """What the engine's process is to take of main memory so opened, before any prompt is saved."""
 
 
+def parse_draft(text: str) -> str:
+    """The text of `--draft`.
+
+    Raises:
+        UsageError: If it cannot be meant.
+    """
+    if text not in ("off", "lookup", "mtp"):
+        raise UsageError(f"--draft {text}: it is off, lookup or mtp")
+    return text
+
+
 def plan_opening(
     model: str,
     path: Path,
@@ -110,9 +121,9 @@ def plan_opening(
     shape = shape_of_file(model, path)
     default = min(DEFAULT_N_CTX, shape.arch.n_ctx_train)
     wish = parse_wish(n_ctx, default_n_ctx=default, n_parallel=n_parallel)
-    if speculation not in ("off", "lookup", "mtp"):
-        raise UsageError(f"--draft {speculation}: it is off, lookup or mtp")
-    wish = replace(wish, command=command, keeps_texts=keeps_texts, speculation=speculation)
+    wish = replace(
+        wish, command=command, keeps_texts=keeps_texts, speculation=parse_draft(speculation)
+    )
     plan = plan_model([shape], detect_hardware(), wish)
     for line in plan.why:
         log.debug("plan: %s", line)

@@ -172,7 +172,11 @@ def check_wish(shape: ModelShape, wish: Wish) -> None:
         raise UsageError(
             f"{shape.name} has no MTP head",
             facts=["guessing from earlier text needs none"],
-            tries=[f"nanorun {wish.command} {shlex.quote(shape.name)} --draft lookup"],
+            tries=[
+                # Of `plan`, the command holds the flag itself.
+                f"nanorun {wish.command.partition(' --draft ')[0]} {shlex.quote(shape.name)}"
+                " --draft lookup"
+            ],
         )
     if not 1 <= wish.n_parallel <= MAX_SEQUENCES:
         raise UsageError(

@@ -263,7 +263,10 @@ def _host_use(placement: Placement, hardware: Hardware) -> DeviceUse:
         state_bytes=placement.state_bytes(-1),
         checkpoint_bytes=settings.checkpoint_bytes + settings.archive_bytes,
         compute_bytes=compute,
-        output_bytes=output_bytes(placement.arch, settings.n_seq_max * (1 + settings.n_rs_seq)),
+        # A head that drafts has logits of its own.
+        output_bytes=output_bytes(
+            placement.arch, settings.n_seq_max * (1 + settings.n_rs_seq + settings.with_mtp)
+        ),
         overhead_bytes=PROCESS_BYTES + VOCABULARY_ENTRY_BYTES * placement.arch.n_vocab,
         free_bytes=hardware.host.available_bytes,
         margin_bytes=host_margin_bytes(hardware),

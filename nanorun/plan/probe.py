@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,17 @@ def probe_contexts(path: Path, settings: Sequence[Settings]) -> list[dict[str, i
     return [_flat(context) for context in answer["contexts"]]
 
 
+def probe_plan(path: Path, settings: Settings) -> dict[str, int]:
+    """The same for a model as it is run: its context, and that of its head where that drafts."""
+    contexts = probe_contexts(path, _contexts(settings))
+    return {part: sum(context[part] for context in contexts) for part in PROBED}
+
+
+def _contexts(settings: Settings) -> list[Settings]:
+    main = replace(settings, with_mtp=False)
+    return [main, replace(settings, n_rs_seq=0)] if settings.with_mtp else [main]
+
+
 def measure(path: Path, settings: Settings, n_fill: int) -> Measurement:
     """Load a model for real, fill `n_fill` tokens of its context, and decode a little.
 
@@ -78,7 +89,7 @@ def measure(path: Path, settings: Settings, n_fill: int) -> Measurement:
         "verb": "measure",
         "path": str(path),
         "placement": _placement(settings),
-        "context": _context(settings),
+        "contexts": [_context(s) for s in _contexts(settings)],
         "n_fill": n_fill,
     }
     return Measurement(**_ask(request, _MEASURE_TIMEOUT_S))

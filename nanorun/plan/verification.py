@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanorun.model.footprint import padded_n_ctx
+from nanorun.model.footprint import output_bytes, padded_n_ctx
 from nanorun.model.units import MIB, format_gib
 from nanorun.plan.compute_graph import mask_bytes
 from nanorun.plan.hardware import HOST
@@ -44,6 +44,19 @@ class Row:
         return off / self.measured if self.measured else float(off > 0)
 
 
+def _predicted(plan: Plan, part: str) -> int:
+    """What a part takes on all devices, before a reply has guessed ahead."""
+    n_bytes: int = sum(getattr(use, f"{part}_bytes") for use in plan.uses)
+    return n_bytes - (_output_for_guesses(plan) if part == "output" else 0)
+
+
+def _output_for_guesses(plan: Plan) -> int:
+    """Rows of logits that the engine only adds when they are first asked for."""
+    arch, settings = plan.shape.arch, plan.settings
+    n_seq = settings.n_seq_max
+    return output_bytes(arch, n_seq * (1 + settings.n_rs_seq)) - output_bytes(arch, n_seq)
+
+
 @dataclass(frozen=True, slots=True)
 class Verification:
     """A plan, what the engine reckons its context takes, and what a real load took."""
@@ -57,11 +70,10 @@ class Verification:
     @property
     def rows(self) -> list[Row]:
         """Each part over all devices, then each device at its peak."""
-        uses = self.plan.uses
         rows = [
             Row(
                 part,
-                sum(getattr(use, f"{part}_bytes") for use in uses),
+                _predicted(self.plan, part),
                 self.probed.get(part),
                 sum(self._buffers(part).values()),
             )
@@ -77,7 +89,8 @@ class Verification:
                 found = measured.peak_bytes
                 # One memory for all: what the driver counts is not resident, but taken from it.
                 found += sum(measured.gpu_bytes.values()) if use.name != HOST else 0
-                yield Row(f"{use.name} total", expected - self._untouched_bytes(), None, found)
+                unused = self._untouched_bytes() + _output_for_guesses(self.plan)
+                yield Row(f"{use.name} total", expected - unused, None, found)
             elif use.name in measured.gpu_bytes:
                 yield Row(f"{use.name} total", expected, None, measured.gpu_bytes[use.name])
 
@@ -138,11 +151,7 @@ class Probe:
     @property
     def rows(self) -> list[Row]:
         """Each part over all devices; the engine's reckoning stands for a measurement."""
-        uses = self.plan.uses
-        return [
-            Row(part, sum(getattr(use, f"{part}_bytes") for use in uses), None, self.probed[part])
-            for part in PROBED
-        ]
+        return [Row(part, _predicted(self.plan, part), None, self.probed[part]) for part in PROBED]
 
     @property
     def max_error(self) -> float:

@@ -18,9 +18,9 @@ import json
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         return {"contexts": probe(path, placement, request["contexts"])}
     if verb == "measure":
         path, placement = Path(request["path"]), request["placement"]
-        return measure(path, placement, request["context"], request["n_fill"])
+        return measure(path, placement, request["contexts"], request["n_fill"])
     raise UsageError(f"there is no verb {verb!r}")
 
 
@@ -103,9 +103,9 @@ def _probe_context(model: Any, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(
-    path: Path, placement: dict[str, int], sizes: dict[str, Any], n_fill: int
+    path: Path, placement: dict[str, int], contexts: list[dict[str, Any]], n_fill: int
 ) -> dict[str, Any]:
-    """Load for real, fill a stretch of the context, decode a little: memory and speed.
+    """Load for real, fill a stretch of the first context, decode a little: memory and speed.
 
     Bytes of weights and of the context are by the engine's name of the buffer they lie in.
 
@@ -116,15 +116,24 @@ def measure(
     base, gpus = resident_bytes(), GpuMemory()
     with peak_resident() as peak:
         started = time.perf_counter()
-        with _model(path, placement, with_mtp=False, for_real=True) as model:
+        with_mtp = any(sizes.get("mtp") for sizes in contexts)
+        with (
+            _model(path, placement, with_mtp=with_mtp, for_real=True) as model,
+            ExitStack() as stack,
+        ):
             weights = _sums(_WEIGHTS)
             load_s = time.perf_counter() - started
-            with _context(model, sizes) as context:
-                allocated = {part: _sums(pattern) for part, pattern in _ALLOCATED.items()}
-                prefill_s = _prefill(llama, context, n_fill, sizes["n_ubatch"])
-                decode_s = _decode(llama, context, n_fill)
-                resident, proportional = resident_bytes(), proportional_bytes()
-                gpu_bytes = gpus.taken()
+            allocated: dict[str, Counter[str]] = {part: Counter() for part in _ALLOCATED}
+            opened = []
+            for sizes in contexts:
+                opened.append(stack.enter_context(_context(model, sizes)))
+                for part, pattern in _ALLOCATED.items():
+                    allocated[part].update(_sums(pattern))
+            context = opened[0]
+            prefill_s = _prefill(llama, context, n_fill, contexts[0]["n_ubatch"])
+            decode_s = _decode(llama, context, n_fill)
+            resident, proportional = resident_bytes(), proportional_bytes()
+            gpu_bytes = gpus.taken()
     return {
         "weights": weights,
         **allocated,

@@ -115,6 +115,7 @@ def test_model_that_does_not_fit_says_so_in_json(capsys: pytest.CaptureFixture[s
         (["--vram", "much"], 2, "not a size: 'much'"),
         (["--hardware", "missing.json"], 2, "missing.json cannot be read"),
         (["--verify"], 2, "cannot be asked about CUDA0 of"),
+        (["--draft", "magic"], 2, "--draft magic: it is off, lookup or mtp"),
         (["--verify", "--device", "cpu"], 2, "nano is not a file"),
         (["--probe"], 2, "cannot be asked about CUDA0 of"),
         (["--plot", "x.png"], 2, "--plot x.png: the file's name must end in .svg"),
@@ -217,6 +218,29 @@ def test_probe_of_a_file_is_shown_as_a_table(
     table = capsys.readouterr().out.split("\n\n")[-1].splitlines()
     assert [line.split()[0] for line in table] == ["predicted", "kv", "state", "compute", "output"]
     assert table[1].endswith("0.00%")
+
+
+@pytest.mark.parametrize("draft", ["lookup", "mtp"])
+def test_guessing_ahead_is_planned_as_it_is_allocated(
+    mtp_gguf: Path, capsys: pytest.CaptureFixture[str], draft: str
+) -> None:
+    command = (str(mtp_gguf), "--n-ctx", "2048", "--parallel", "2", "--device", "cpu")
+    plain = plan_json(capsys, *command)["devices"][0]
+    shown = plan_json(capsys, *command, "--draft", draft, "--verify")
+    rows = {row["part"]: row for row in shown["comparison"]}
+    for part in ("weights", "kv", "state", "compute", "output"):
+        assert abs(rows[part]["predicted"] - rows[part]["measured"]) < 0.03 * 2**20, part
+    (planned,) = shown["devices"]
+    assert planned["state_bytes"] == 4 * plain["state_bytes"]  # of three guesses and none
+    has_head = draft == "mtp"
+    assert (planned["kv_bytes"] > plain["kv_bytes"]) is has_head
+    assert (planned["weights_bytes"] > plain["weights_bytes"]) is has_head
+
+
+def test_suggestion_for_a_model_without_a_head_can_be_typed() -> None:
+    with pytest.raises(UsageError, match="nano has no MTP head") as caught:
+        invoke(["plan", "nano", "--ram", "200GiB", "--draft", "mtp"])
+    assert caught.value.tries == ("nanorun plan --ram 200GiB nano --draft lookup",)
 
 
 def test_verify_compares_with_what_is_allocated(
