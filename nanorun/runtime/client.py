@@ -158,7 +158,7 @@ class EngineClient:
             return False
         self._options, change = self._smaller.popleft()
         notice = f"memory ran out, so the model was opened smaller: {change}"
-        log.warning("%s (%s)", notice, error.message)
+        log.info("%s (%s)", notice, error.message)
         self._notices.append(notice)
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -26,6 +27,8 @@ from nanorun.server.errors import ApiError, to_api_error
 from nanorun.server.replies import Reply
 from nanorun.server.schema import ChatRequest, ControlRequest
 from nanorun.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
 
 _CLIENT_CLOSED_REQUEST = 499
 
@@ -102,6 +105,7 @@ class ChatEndpoint:
         with self.admission.place():
             async with aclosing(self._client.generate(messages, options)) as events:
                 async for event in events:
+                    _log_notice(event)
                     reply.take(event)
         return reply.completion()
 
@@ -120,6 +124,7 @@ class ChatEndpoint:
                 ):
                     self._streams[reply.id] = generation
                     async for event in events:
+                        _log_notice(event)
                         if not has_begun:
                             has_begun = True
                             yield sse.encode(reply.opening())
@@ -135,6 +140,12 @@ class ChatEndpoint:
 
 async def _first(chunks: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(chunks)
+
+
+def _log_notice(event: Event | None) -> None:
+    """Tell whoever runs the server what a client may not show: a model opened smaller."""
+    if isinstance(event, Notice):
+        log.warning("%s", event.text)
 
 
 def _encode_event(reply: Reply, event: Event | None, include_usage: bool) -> list[bytes]:

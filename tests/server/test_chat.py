@@ -102,6 +102,15 @@ async def test_stream_tool_calls_are_numbered_and_whole(endpoint: Make) -> None:
     assert calls[0]["function"]["arguments"] == '{"a": 1, "b": "ü"}'
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_notices_are_logged_for_who_runs_the_server(
+    endpoint: Make, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    api = endpoint([Notice("opened smaller"), *reply("x")])
+    await (api.stream() if stream else api.chat())
+    assert [record.message for record in caplog.records] == ["opened smaller"]
+
+
 async def test_stream_tells_of_prefill_and_notices_in_comments(endpoint: Make) -> None:
     steps = [PrefillProgress(3, 9, 0), Notice("restarted\nthe engine"), *reply("x")]
     stream = await endpoint(steps).stream()
