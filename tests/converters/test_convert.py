@@ -286,7 +286,9 @@ def test_file_that_changes_during_the_conversion_is_refused(
     def cut(progress: ConvertProgress) -> None:
         os.truncate(path, 5000)
 
-    with pytest.raises(ModelError, match=r"model\.safetensors: expected \d+ bytes"):
+    # A thread that was reading meets the end; one that had read what is left sees the other time.
+    refused = r"model\.safetensors(: expected \d+ bytes| was changed while it was read)"
+    with pytest.raises(ModelError, match=refused):
         convert(source, ConvertOptions(out=out, n_threads=1), cut)
     assert nothing_left(out)
 
