@@ -15,8 +15,8 @@ import statistics
 from pathlib import Path
 
 from nanorun.model.chat import Finished, GenerateOptions, Grammar, Message
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
 
 SCHEMA = {
     "type": "array",

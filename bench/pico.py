@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nanorun.model.chat import GenerateOptions, Message, TextDelta
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.imatrix import collect_imatrix
-from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.measure.imatrix import collect_imatrix
 from nanorun_converters.convert import ConvertOptions, convert
 
 ROOT = Path(__file__).parent.parent

@@ -19,8 +19,8 @@ from typing import Any
 
 from nanorun.library import resolve_model
 from nanorun.model.chat import GenerateOptions, Message, TextDelta, ToolCall, ToolCallDelta
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 import pico_tasks as tasks

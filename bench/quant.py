@@ -3,8 +3,8 @@
     python bench/quant.py [--work FOLDER] [--part presets|search|sensitivity] [--scale 0.92]
                           [--quantizer ggml|torch] [--feedback auto|never] [--fixed q4 iq4_nl ...]
 
-Reference: pico in F32. Imatrix: `nanorun.runtime.imatrix` on one half of the conversations, with
-sensitivities measured on 8 chunks of it, and Gram matrices; the KL divergence is of the other half,
+Reference: pico in F32. Imatrix: `nanorun.runtime.measure.imatrix` on one half of the conversations,
+with sensitivities measured on 8 chunks of it, and Gram matrices; the KL divergence is of the other half,
 control tokens parsed, in chunks of 512, by the method of llama-perplexity. `llama.cpp` rows are
 made by its `llama_model_quantize`, with the same imatrix, from the unpadded F32 file, so they hold
 its fallbacks; `padded` rows are the same preset on padded shapes, `auto` rows what nanorun makes of
@@ -30,17 +30,17 @@ sys.path[:0] = [str(ROOT / "scripts")]
 
 from nanorun.chat.template import ChatTemplate  # noqa: E402
 from nanorun.model.chat import Message  # noqa: E402
+from nanorun.model.engine_options import EngineOptions  # noqa: E402
 from nanorun.model.ggml_type import GgmlType  # noqa: E402
-from nanorun.runtime.divergence import measure  # noqa: E402
-from nanorun.runtime.imatrix import collect_imatrix  # noqa: E402
-from nanorun.runtime.library import load_llama  # noqa: E402
-from nanorun.runtime.options import EngineOptions  # noqa: E402
-from nanorun.runtime.score import Source  # noqa: E402
-from nanorun.runtime.sensitivity import measure_sensitivity  # noqa: E402
-from nanorun_converters.allocate import Measure  # noqa: E402
+from nanorun.runtime.llama.binding import load_llama  # noqa: E402
+from nanorun.runtime.measure.divergence import measure  # noqa: E402
+from nanorun.runtime.measure.imatrix import collect_imatrix  # noqa: E402
+from nanorun.runtime.measure.perplexity import Source  # noqa: E402
+from nanorun.runtime.measure.sensitivity import measure_sensitivity  # noqa: E402
+from nanorun_converters.conversion_plan import plan_conversion  # noqa: E402
 from nanorun_converters.convert import ConvertOptions, convert, write_plan  # noqa: E402
-from nanorun_converters.importance import importance  # noqa: E402
-from nanorun_converters.plan import plan_conversion  # noqa: E402
+from nanorun_converters.types.importance import importance  # noqa: E402
+from nanorun_converters.types.search import Measure  # noqa: E402
 from nanorun_quant.imatrix import Imatrix  # noqa: E402
 from nanorun_quant.imatrix_file import read_imatrix  # noqa: E402
 from nanorun_quant.recipe import Assignment  # noqa: E402

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from nanorun.library import resolve_model
 from nanorun.model.chat import Finished, GenerateOptions, Message, TextDelta
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.reasoning import grace_tokens
+from nanorun.runtime.reply.dial import grace_tokens
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from pico_tasks import addition_pair

@@ -23,8 +23,8 @@ from nanorun.model.chat import (
     TextDelta,
     Usage,
 )
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
 
 OPTIONS = GenerateOptions(think="off", temperature=0, max_tokens=64)
 SENTENCE = "The sky is blue. Water is wet. Birds can fly. "

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from nanorun.runtime.library import load_llama
-from nanorun.runtime.sampling import Sampler, SamplingSettings
+from nanorun.runtime.llama.binding import load_llama
+from nanorun.runtime.sampling.sampler import Sampler, SamplingSettings
 
 N_VOCAB, N_ROUNDS = 131_072, 200
 CASES = {

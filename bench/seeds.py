@@ -17,8 +17,8 @@ from pathlib import Path
 
 from nanorun.library import resolve_model
 from nanorun.model.chat import GenerateOptions, Message, TextDelta
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
 
 
 async def text(client: EngineClient, question: str, options: GenerateOptions) -> str:

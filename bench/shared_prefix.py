@@ -17,8 +17,8 @@ from pathlib import Path
 from servers import Reply, Server, nanorun_server, peer_server
 
 from nanorun.model.chat import GenerateOptions, Message
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
 
 N_REQUESTS = 8
 PREFIX = "The sky is blue. Water is wet. Birds can fly. Fish can swim. Trees are tall. " * 175

@@ -28,8 +28,8 @@ import numpy as np
 import psutil
 import uvicorn
 
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
 from nanorun.server.app import create_app
 from nanorun.server.settings import ServerSettings
 

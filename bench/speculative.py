@@ -21,8 +21,8 @@ import psutil
 
 from nanorun.library import resolve_model
 from nanorun.model.chat import Finished, GenerateOptions, Message, TextDelta, ThinkingDelta
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,13 @@ import psutil
 
 from nanorun.chat.parser import ReplyParser
 from nanorun.model.chat import Finished, GenerateOptions, Message
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.context import Context, Row
-from nanorun.runtime.engine import Engine
-from nanorun.runtime.model import LoadedModel
-from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.request import Request, build_dial
-from nanorun.runtime.sampling import SamplingSettings
+from nanorun.runtime.engine.engine import Engine
+from nanorun.runtime.engine.request import Request, build_dial
+from nanorun.runtime.llama.context import Context, Row
+from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.sampling.sampler import SamplingSettings
 
 PROMPT = "What is 47 + 86?"
 _ids = count()

@@ -23,10 +23,10 @@ from nanorun.errors import NanorunError
 from nanorun.library import BUNDLED_MODELS, CATALOG
 from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
-from nanorun_converters.gguf_writer import Layout, TensorSlot, padded_bytes
-from nanorun_converters.shape_file import lay_out_shape, write_shape
-from nanorun_converters.source import open_source
-from nanorun_converters.tokenizer import TokenType, Vocabulary, read_vocabulary
+from nanorun_converters.family.tokenizer import TokenType, Vocabulary, read_vocabulary
+from nanorun_converters.opened.shape_file import lay_out_shape, write_shape
+from nanorun_converters.output.gguf_header import Layout, TensorSlot, padded_bytes
+from nanorun_converters.source.open import open_source
 from nanorun_quant.fit import fit_recipe
 from nanorun_quant.ggml import load_ggml
 from nanorun_quant.recipe import recipe_by_name

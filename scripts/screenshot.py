@@ -44,8 +44,8 @@ async def draw(client: Client, model_name: str, questions: list[str]) -> str:
 def main() -> None:
     """Draw the picture."""
     from nanorun.cli.models import context_size, find_model
+    from nanorun.model.engine_options import EngineOptions
     from nanorun.runtime.client import EngineClient
-    from nanorun.runtime.options import EngineOptions
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="pico")

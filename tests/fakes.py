@@ -25,8 +25,8 @@ from nanorun.model.chat import (
     ToolCallDelta,
     Usage,
 )
+from nanorun.model.engine_options import EngineOptions
 from nanorun.plan.shape import ModelShape, shape_of_recipe
-from nanorun.runtime.options import EngineOptions
 from tests.model.known_archs import TINY_MOE
 
 Step: TypeAlias = Event | float | asyncio.Event | Exception

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 from nanorun import __version__
 from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.model.units import format_gib
-from nanorun_converters.factors import keeps_blocks
-from nanorun_converters.gguf_writer import Layout, split_paths
+from nanorun_converters.conversion_plan import ConversionPlan, plan_conversion
 from nanorun_converters.options import ConvertOptions
-from nanorun_converters.output import OutputFiles, part_of
-from nanorun_converters.pipeline import Hashing, Workers, n_cores
-from nanorun_converters.plan import ConversionPlan, plan_conversion
-from nanorun_converters.store import Files
-from nanorun_converters.tensors import Piece, pieces_of
+from nanorun_converters.output.files import OutputFiles, part_of
+from nanorun_converters.output.gguf_header import Layout, split_paths
+from nanorun_converters.output.pipeline import Hashing, Workers, n_cores
+from nanorun_converters.source.source_model import Files
+from nanorun_converters.tensors.names import Piece, pieces_of
+from nanorun_converters.tensors.nvfp4 import keeps_blocks
 from nanorun_quant.encode import Encoder
 from nanorun_quant.ggml import UnquantizableError
 

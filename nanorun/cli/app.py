@@ -1,7 +1,7 @@
 """The command tree: which commands there are, and how their flags are read.
 
-Commands are named here and imported when they are asked for; a module `nanorun.cli.NAME` holds one
-function, `command`, whose signature is its flags. Typer's own complaints leave as `UsageError`.
+Commands are named here and imported when they are asked for; a module `nanorun.cli.commands.NAME`
+holds one function, `command`, whose signature is its flags. Typer's own complaints leave as `UsageError`.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _group_of(param: Any) -> str:
 def load_command(name: str) -> Any:
     """Import one command's module and read its flags."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    module = import_module(f"nanorun.cli.{name.replace('-', '_')}")
+    module = import_module(f"nanorun.cli.commands.{name.replace('-', '_')}")
     app.command(name, cls=_Command, context_settings=_CONTEXT_SETTINGS)(module.command)
     return build_typer(app)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from nanorun.model.units import MIB
 
 if TYPE_CHECKING:
-    from nanorun.plan.hardware import Hardware
+    from nanorun.plan.machine.hardware import Hardware
 
 # Far more than caches hold, for each core; and little of what is free.
 _BLOCK_BYTES = 96 * MIB

@@ -22,10 +22,10 @@ from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role, expected_tensors, role_of
 
 if TYPE_CHECKING:
-    from nanorun.plan.hardware import Hardware
+    from nanorun.plan.machine.hardware import Hardware
     from nanorun.plan.shape import ModelShape
     from nanorun.plan.speed_estimate import Calibration
-    from nanorun_converters.gguf_writer import Layout
+    from nanorun_converters.output.gguf_header import Layout
 
 _N_LAYERS = 12
 _N_VOCAB = 4096
@@ -61,7 +61,7 @@ def measure_speed(shape: ModelShape, hardware: Hardware) -> Calibration:
         decode_bytes,
         prefill_flops_per_token,
     )
-    from nanorun_converters.shape_file import write_shape
+    from nanorun_converters.opened.shape_file import write_shape
 
     arch = slice_of(shape.arch)
     by_role = _types_of_roles(shape)
@@ -106,7 +106,7 @@ def _enliven(path: Path, layout: Layout) -> None:
     """Give the small tensors values, so that tokens differ and go to different experts."""
     import numpy as np
 
-    from nanorun_converters.gguf_writer import padded_bytes
+    from nanorun_converters.output.gguf_header import padded_bytes
 
     random = np.random.default_rng(0)
     offset = len(layout.header)

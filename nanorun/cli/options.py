@@ -74,7 +74,7 @@ def think_depth(text: str) -> str | int:
     Raises:
         UsageError: If it is neither a level nor a number of tokens.
     """
-    from nanorun.runtime.reasoning import parse_think
+    from nanorun.runtime.reply.dial import parse_think
 
     parse_think(text)
     depth = text.strip().lower()

@@ -15,8 +15,8 @@ from nanorun.errors import UsageError
 from nanorun.model.units import format_gib
 
 if TYPE_CHECKING:
+    from nanorun.model.engine_options import EngineOptions
     from nanorun.plan.memory_plan import Plan, Wish
-    from nanorun.runtime.options import EngineOptions
 
 _MAX = "max"
 
@@ -52,7 +52,7 @@ def parse_wish(
 
 def engine_options(plan: Plan) -> EngineOptions:
     """The options that open an engine as planned."""
-    from nanorun.runtime.options import EngineOptions
+    from nanorun.model.engine_options import EngineOptions
 
     s = plan.settings
     return EngineOptions(
@@ -114,7 +114,7 @@ def plan_opening(
         ModelError: If the file is damaged or no model that nanorun runs.
         MemoryPlanError: If nothing fits.
     """
-    from nanorun.plan.hardware import detect_hardware
+    from nanorun.plan.machine.hardware import detect_hardware
     from nanorun.plan.memory_plan import plan_model
     from nanorun.plan.smaller import smaller_plans
 

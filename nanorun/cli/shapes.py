@@ -78,7 +78,7 @@ def _of_known(model: str, recipe: str | None) -> list[ModelShape] | None:
 
 def _of_source(model: str, recipe: str | None) -> list[ModelShape] | None:
     """The shapes of a source model in a folder or on the Hub, by its config.json."""
-    from nanorun_converters.hub import parse_repository
+    from nanorun_converters.source.hub import parse_repository
 
     if (Path(model) / "config.json").is_file():
         return _of_folder(Path(model), recipe)
@@ -98,7 +98,7 @@ def _of_folder(folder: Path, recipe: str | None) -> list[ModelShape]:
 
 
 def _of_repository(name: str, argument: str, recipe: str | None) -> list[ModelShape]:
-    from nanorun_converters.hub import HubFiles, parse_repository
+    from nanorun_converters.source.hub import HubFiles, parse_repository
 
     repository, revision = parse_repository(argument) or (argument, None)
     files = HubFiles(repository, revision)
@@ -119,7 +119,7 @@ def _of_repository(name: str, argument: str, recipe: str | None) -> list[ModelSh
 def _arch_of_config(text: bytes, where: str) -> HybridArch:
     import json
 
-    from nanorun_converters.config import arch_from_config
+    from nanorun_converters.family.config import arch_from_config
 
     try:
         config = json.loads(text)

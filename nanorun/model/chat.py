@@ -2,7 +2,7 @@
 
 Requests carry `Message`s and `GenerateOptions`; replies come back as a stream of events that ends
 with `Finished`. All are plain frozen dataclasses, so they cross the pipe to the engine's process
-(`runtime/wire.py`) and the HTTP endpoint without translation layers.
+(`runtime/process/wire.py`) and the HTTP endpoint without translation layers.
 """
 
 from __future__ import annotations

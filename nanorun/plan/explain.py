@@ -9,12 +9,12 @@ from nanorun.model.arch import LayerKind
 from nanorun.model.footprint import kv_bytes_per_token, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.units import format_gib
-from nanorun.plan.compute_graph import mask_bytes
+from nanorun.plan.graph.compute_graph import mask_bytes
 from nanorun.plan.memory_use import ALL_LAYERS, DRIVER_BYTES, DeviceUse, Settings
 from nanorun.plan.shape import EXPERT_ROLES, ModelShape
 
 if TYPE_CHECKING:
-    from nanorun.plan.hardware import Hardware
+    from nanorun.plan.machine.hardware import Hardware
     from nanorun.plan.memory_plan import Plan, Wish
 
 _CONFIG_N_CTX = 262144

@@ -17,7 +17,7 @@ from nanorun.model.footprint import padded_n_ctx, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.units import GIB, format_gib
 from nanorun.plan import explain
-from nanorun.plan.hardware import Hardware
+from nanorun.plan.machine.hardware import Hardware
 from nanorun.plan.memory_use import DeviceUse, Settings, device_uses
 from nanorun.plan.shape import ModelShape
 from nanorun.plan.speed_estimate import Calibration, SpeedEstimate, estimate_speed

@@ -15,9 +15,14 @@ from nanorun.model.arch import LayerKind
 from nanorun.model.footprint import kv_bytes, mtp_kv_bytes, output_bytes, padded_n_ctx, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.units import GIB, KIB, MIB
-from nanorun.plan.compute_graph import GraphSizes, compute_bytes, input_bytes, mtp_compute_bytes
-from nanorun.plan.graph_allocator import ALIGNMENT
-from nanorun.plan.hardware import HOST, Accelerator, Hardware
+from nanorun.plan.graph.compute_graph import (
+    GraphSizes,
+    compute_bytes,
+    input_bytes,
+    mtp_compute_bytes,
+)
+from nanorun.plan.graph.graph_allocator import ALIGNMENT
+from nanorun.plan.machine.hardware import HOST, Accelerator, Hardware
 from nanorun.plan.shape import ModelShape
 
 ALL_LAYERS = -1

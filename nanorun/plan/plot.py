@@ -14,7 +14,7 @@ from html import escape
 from nanorun.model.footprint import N_CTX_MULTIPLE, padded_n_ctx, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.units import GIB, KIB, MIB, format_gib
-from nanorun.plan.hardware import HOST
+from nanorun.plan.machine.hardware import HOST
 from nanorun.plan.memory_plan import KV_TYPES, Plan
 from nanorun.plan.memory_use import DeviceUse, Settings, device_uses
 from nanorun.plan.speed_estimate import estimate_speed

@@ -1,6 +1,6 @@
 """Asks the installed engine, in a process of its own.
 
-The engine is not imported here: the child is `python -m nanorun.runtime.probe`.
+The engine is not imported here: the child is `python -m nanorun.runtime.measure.probe`.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _flat(context: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _ask(request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "nanorun.runtime.probe"]
+    command = [sys.executable, "-m", "nanorun.runtime.measure.probe"]
     try:
         done = subprocess.run(
             command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout_s,

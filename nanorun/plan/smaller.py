@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from nanorun.model.footprint import state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.units import format_gib
-from nanorun.plan.hardware import HOST, Hardware
+from nanorun.plan.machine.hardware import HOST, Hardware
 from nanorun.plan.memory_plan import Plan, Wish, plan_shape
 from nanorun.plan.memory_use import ALL_LAYERS, DeviceUse, Settings
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from nanorun.model.arch import HybridArch, LayerKind
 from nanorun.model.footprint import kv_bytes_per_token, state_bytes
-from nanorun.plan.hardware import Hardware
+from nanorun.plan.machine.hardware import Hardware
 from nanorun.plan.memory_use import Placement, Settings
 from nanorun.plan.shape import ModelShape
 

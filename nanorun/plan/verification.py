@@ -10,8 +10,8 @@ from typing import Any
 
 from nanorun.model.footprint import output_bytes, padded_n_ctx
 from nanorun.model.units import MIB, format_gib
-from nanorun.plan.compute_graph import mask_bytes
-from nanorun.plan.hardware import HOST
+from nanorun.plan.graph.compute_graph import mask_bytes
+from nanorun.plan.machine.hardware import HOST
 from nanorun.plan.memory_plan import Plan
 from nanorun.plan.memory_use import DeviceUse
 from nanorun.plan.probe import PROBED, Measurement

@@ -28,9 +28,9 @@ from nanorun.model.chat import (
     Notice,
     PrefillProgress,
 )
-from nanorun.runtime import wire
-from nanorun.runtime.child import Child
-from nanorun.runtime.options import EngineOptions
+from nanorun.model.engine_options import EngineOptions
+from nanorun.runtime.process import wire
+from nanorun.runtime.process.child import Child
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class EngineClient:
     async def score(
         self, text: str, n_ctx: int = 512, progress: Callable[[int, int], None] | None = None
     ) -> tuple[int, float]:
-        """Predictions scored and perplexity of a text; see `runtime/score.py`."""
+        """Predictions scored and perplexity of a text; see `runtime/measure/perplexity.py`."""
         value = await self._ask({"verb": "score", "text": text, "n_ctx": n_ctx}, progress)
         return value["n_tokens"], value["ppl"]
 

@@ -20,14 +20,14 @@ from typing import Any, BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
 from nanorun.model.chat import Event, Finished, GenerateOptions, ModelInfo
-from nanorun.runtime import wire
-from nanorun.runtime.child_main import run_as_child
-from nanorun.runtime.engine import Engine
-from nanorun.runtime.model import LoadedModel
-from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.reading_ahead import ReadingAhead, Turn
-from nanorun.runtime.request import compile_constraint, needs_constraint, prepare_request
-from nanorun.runtime.score import score_text
+from nanorun.model.engine_options import EngineOptions
+from nanorun.runtime.engine.engine import Engine
+from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn
+from nanorun.runtime.engine.request import compile_constraint, needs_constraint, prepare_request
+from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.measure.perplexity import score_text
+from nanorun.runtime.process import wire
+from nanorun.runtime.process.child_main import run_as_child
 
 log = logging.getLogger(__name__)
 

@@ -46,7 +46,7 @@ class EngineVocabulary:
     """A GGUF's tokenizer, loaded by the engine without the weights."""
 
     def __init__(self, path: Path) -> None:
-        from nanorun.runtime.library import load_llama
+        from nanorun.runtime.llama.binding import load_llama
 
         self._llama = load_llama()
         params = self._llama.llama_model_default_params()

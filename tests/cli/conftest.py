@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nanorun.cli import main
-from nanorun.runtime.options import EngineOptions
+from nanorun.model.engine_options import EngineOptions
 from tests.fakes import FakeClient, fake_shape
 
 

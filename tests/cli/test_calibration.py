@@ -7,7 +7,7 @@ import pytest
 
 from nanorun.cli import calibration
 from nanorun.model.arch import HybridArch
-from nanorun.plan.hardware import detect_hardware
+from nanorun.plan.machine.hardware import detect_hardware
 from nanorun.plan.shape import shape_of_recipe
 from tests.model.known_archs import NANO, NANO_4B, SUPER, TINY_DENSE, TINY_MOE, TINY_PUZZLE
 

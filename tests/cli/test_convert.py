@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanorun.cli.convert import parse_type_map
+from nanorun.cli.commands.convert import parse_type_map
 from nanorun.errors import ExitCode, UsageError
 from nanorun.model.gguf import read_gguf
 from tests.hub_server import REPOSITORY, serve_hub

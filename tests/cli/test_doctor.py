@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from nanorun.cli import doctor
 from nanorun.cli.app import invoke
+from nanorun.cli.commands import doctor
 from nanorun.errors import EngineDied
-from nanorun.plan.hardware import Hardware, read_profile
+from nanorun.plan.machine.hardware import Hardware, read_profile
 from tests.plan.profiles import profile
 
 
 def detected(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
     devices = [{"name": "CPU", "description": "a processor"}]
-    monkeypatch.setattr("nanorun.plan.hardware.detect_hardware", lambda: machine)
+    monkeypatch.setattr("nanorun.plan.machine.hardware.detect_hardware", lambda: machine)
     monkeypatch.setattr("nanorun.plan.probe.engine_devices", lambda: devices)
     monkeypatch.setattr("nanorun.cli.benchmarks.with_measured_speeds", lambda found: found)
 

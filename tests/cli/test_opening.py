@@ -11,8 +11,8 @@ import pytest
 
 from nanorun.cli.planning import Opening, log_memory, plan_opening
 from nanorun.errors import MemoryPlanError, UsageError
-from nanorun.plan.hardware import Hardware
-from nanorun.runtime.options import EngineOptions
+from nanorun.model.engine_options import EngineOptions
+from nanorun.plan.machine.hardware import Hardware
 from tests.cli.conftest import FakeEngine, Result
 from tests.plan.profiles import profile
 
@@ -21,7 +21,7 @@ Run = Callable[..., Result]
 
 
 def on(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
-    monkeypatch.setattr("nanorun.plan.hardware.detect_hardware", lambda: machine)
+    monkeypatch.setattr("nanorun.plan.machine.hardware.detect_hardware", lambda: machine)
 
 
 def test_run_opens_the_model_as_planned(

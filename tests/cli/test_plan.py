@@ -10,12 +10,12 @@ from nanorun.cli.app import invoke
 from nanorun.cli.planning import engine_options, parse_wish
 from nanorun.cli.shapes import shape_of_file
 from nanorun.errors import MemoryPlanError, UsageError
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import expected_tensors
 from nanorun.plan.memory_plan import plan_model
 from nanorun.plan.smaller import smaller_plans
-from nanorun.runtime.options import EngineOptions
-from nanorun_converters.shape_file import write_shape
+from nanorun_converters.opened.shape_file import write_shape
 from tests.builders import arch_tensors, gguf_metadata, write_gguf
 from tests.cli.conftest import Result
 from tests.model.known_archs import NANO, TINY_MOE

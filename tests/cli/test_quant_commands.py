@@ -115,7 +115,7 @@ def test_quantize_stats_gives_type_bytes_and_error_of_each_role(
 def write_nano_without_weights(folder: Path) -> Path:
     """Nano's config and the index of its files, which are not there."""
     from nanorun.model.arch import LayerKind
-    from tests.converters.test_config import NANO_CONFIG
+    from tests.converters.family.test_config import NANO_CONFIG
     from tests.model.known_archs import NANO
 
     names = ["backbone.embeddings.weight", "backbone.norm_f.weight", "lm_head.weight"]

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 import pytest
 
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import Client, EngineClient
-from nanorun.runtime.options import EngineOptions
 from nanorun.runtime.remote import RemoteEngine
 
 N_CTX = 4096

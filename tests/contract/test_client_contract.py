@@ -21,7 +21,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
 )
 from nanorun.runtime.client import Client, Generation
-from nanorun.runtime.reasoning import grace_tokens
+from nanorun.runtime.reply.dial import grace_tokens
 from tests.contract.conftest import Subject
 
 THINK_END = 13

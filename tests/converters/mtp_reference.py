@@ -76,7 +76,7 @@ class EngineHead:
     """
 
     def __init__(self, path: Path, n_ctx: int) -> None:
-        from nanorun.runtime.library import load_llama
+        from nanorun.runtime.llama.binding import load_llama
 
         self.llama = llama = load_llama()
         from llama_cpp import llama_cpp_ext

@@ -76,7 +76,7 @@ def imatrix(f32_file: Path) -> Imatrix:
 def quantize_with_llama(
     source: Path, out: Path, type_: GgmlType, imatrix: Imatrix | None = None
 ) -> None:
-    from nanorun.runtime.library import load_llama
+    from nanorun.runtime.llama.binding import load_llama
 
     llama = load_llama()
     params = llama.llama_model_quantize_default_params()

@@ -24,8 +24,8 @@ from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun.model.tensor_roles import check_tensors, expected_tensors
 from nanorun_converters import convert as convert_module
-from nanorun_converters.config import arch_from_config
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert
+from nanorun_converters.family.config import arch_from_config
 from nanorun_quant.ggml import QUANTIZERS
 from tests.converters.transformers_reference import engine_logits
 from tests.source_models import Tensors, write_source_model
@@ -321,7 +321,7 @@ def test_source_that_is_away_for_a_while_can_be_gone_on_with(
     source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convert_module, "PIECE_ELEMENTS", 1000)
-    monkeypatch.setattr("nanorun_converters.output.SYNC_BYTES", 1)
+    monkeypatch.setattr("nanorun_converters.output.files.SYNC_BYTES", 1)
     away = source.with_name("away")
 
     def unmount(progress: ConvertProgress) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from nanorun.errors import UsageError
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.gguf import read_gguf
-from nanorun.runtime.divergence import measure
-from nanorun.runtime.imatrix import collect_imatrix
-from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.measure.divergence import measure
+from nanorun.runtime.measure.imatrix import collect_imatrix
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert
 from nanorun_quant.imatrix_file import read_imatrix, write_imatrix
 

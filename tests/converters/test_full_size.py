@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from nanorun_converters.conversion_plan import plan_conversion
 from nanorun_converters.convert import ConvertOptions, convert
-from nanorun_converters.plan import plan_conversion
-from tests.converters.test_config import NANO_CONFIG, SUPER_CONFIG
+from tests.converters.family.test_config import NANO_CONFIG, SUPER_CONFIG
 from tests.source_models import write_json, write_tokenizer
 
 INDEX = "model.safetensors.index.json"

@@ -16,8 +16,8 @@ import pytest
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun_converters.convert import ConvertOptions, convert
+from tests.converters.source.test_encodings import KEPT, all_linear
 from tests.converters.test_byte_parity import FILE_TYPES
-from tests.converters.test_encodings import KEPT, all_linear
 from tests.converters.upstream import VARIABLE, convert_with_llama, llama_cpp_folder
 from tests.converters.upstream import quantize_with_llama as quantize
 from tests.quantized_sources import (

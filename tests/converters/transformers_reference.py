@@ -56,7 +56,7 @@ def reference_logits(model: Any, tokens: list[int]) -> np.ndarray:
 
 def engine_logits(path: Path, tokens: list[int]) -> np.ndarray:
     """`(n_tokens, n_vocab)` from the engine, with nothing in it rounded below float32."""
-    from nanorun.runtime.library import load_llama
+    from nanorun.runtime.llama.binding import load_llama
 
     llama = load_llama()
     params = llama.llama_model_default_params()

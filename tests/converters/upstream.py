@@ -59,7 +59,7 @@ def convert_with_llama(
 
 def quantize_with_llama(source: Path, out: Path, file_type: int, n_threads: int = 2) -> Path:
     """Quantize a GGUF to one type throughout, by `llama_model_quantize`."""
-    from nanorun.runtime.library import load_llama
+    from nanorun.runtime.llama.binding import load_llama
 
     llama = load_llama()
     params = llama.llama_model_quantize_default_params()

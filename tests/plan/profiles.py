@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanorun.plan.hardware import Hardware, read_profile
+from nanorun.plan.machine.hardware import Hardware, read_profile
 
 FOLDER = Path(__file__).parents[1] / "data" / "hardware"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))

@@ -13,12 +13,12 @@ from nanorun.model.arch import HybridArch
 from nanorun.model.footprint import kv_bytes, mtp_kv_bytes, output_bytes, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import expected_tensors
-from nanorun.plan.compute_graph import compute_bytes, mtp_compute_bytes
+from nanorun.plan.graph.compute_graph import compute_bytes, mtp_compute_bytes
 from nanorun.plan.memory_use import Settings, graph_sizes
 from nanorun.plan.probe import probe_contexts
-from nanorun_converters.config import arch_from_config
-from nanorun_converters.shape_file import write_shape
-from nanorun_converters.source import open_source
+from nanorun_converters.family.config import arch_from_config
+from nanorun_converters.opened.shape_file import write_shape
+from nanorun_converters.source.open import open_source
 from tests.conftest import PICO_SOURCE
 from tests.model.known_archs import (
     LIGHTNING,

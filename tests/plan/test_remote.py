@@ -19,7 +19,7 @@ from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun.model.tensor_roles import expected_tensors
 from nanorun.plan import remote as remote_module
 from nanorun.plan.remote import RemoteFile, parse_remote, read_remote_gguf
-from nanorun_converters.shape_file import write_shape
+from nanorun_converters.opened.shape_file import write_shape
 from tests.hub_server import REPOSITORY, TOKEN, FakeHub, serve_hub
 from tests.model.known_archs import TINY_MOE
 

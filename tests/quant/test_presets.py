@@ -12,7 +12,7 @@ from nanorun_converters.convert import ConvertOptions, convert
 from nanorun_quant.fit import fit_recipe
 from nanorun_quant.presets import PRESETS
 from nanorun_quant.recipe import recipe_by_name
-from tests.converters.test_padding import WHOLE
+from tests.converters.tensors.test_padding import WHOLE
 from tests.model.known_archs import NANO, SUPER
 from tests.source_models import write_source_model
 
@@ -38,7 +38,7 @@ def test_sizes_are_those_of_llama_quantize_on_padded_shapes(name: str) -> None:
 
 
 def quantized_by_llama(source: Path, target: Path, ftype: int) -> dict[str, str]:
-    from nanorun.runtime.library import load_llama
+    from nanorun.runtime.llama.binding import load_llama
 
     llama = load_llama()
     params = llama.llama_model_quantize_default_params()

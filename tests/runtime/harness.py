@@ -13,13 +13,13 @@ import numpy as np
 from nanorun.chat.parser import ReplyParser
 from nanorun.errors import NanorunError
 from nanorun.model.chat import Finished
-from nanorun.runtime.context import Context, Row
-from nanorun.runtime.draw import Ids
-from nanorun.runtime.engine import Engine
-from nanorun.runtime.model import LoadedModel
-from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.request import Request, build_dial
-from nanorun.runtime.sampling import Choice, Sampler, SamplingSettings
+from nanorun.model.engine_options import EngineOptions
+from nanorun.runtime.engine.engine import Engine
+from nanorun.runtime.engine.request import Request, build_dial
+from nanorun.runtime.llama.context import Context, Row
+from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.sampling.draw import Ids
+from nanorun.runtime.sampling.sampler import Choice, Sampler, SamplingSettings
 
 SMALL = EngineOptions(
     n_ctx=512,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from nanorun.model.chat import Finished, GenerateOptions, Message, TextDelta, ThinkingDelta
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
-from nanorun.runtime.reasoning import grace_tokens
+from nanorun.runtime.reply.dial import grace_tokens
 
 QUESTIONS = ["What is {a} + {b}?", "{a} - {b}", "Hello", "Who are you?", "Reply in JSON: name fox"]
 

@@ -36,10 +36,10 @@ from nanorun.model.chat import (
     ThinkingDelta,
     TokenLogprobs,
 )
-from nanorun.runtime import child as child_module
-from nanorun.runtime import oom
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient, EngineGeneration
-from nanorun.runtime.options import EngineOptions
+from nanorun.runtime.process import child as child_module
+from nanorun.runtime.process import oom
 
 SUM = [Message("user", "What is 4785 + 697?")]
 OPTIONS = EngineOptions(n_ctx=2048, n_threads=1)
@@ -479,9 +479,9 @@ STOPPED = """
 import asyncio, sys
 from pathlib import Path
 from nanorun.model.chat import GenerateOptions, Message
-from nanorun.runtime import child
+from nanorun.runtime.process import child
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
+from nanorun.model.engine_options import EngineOptions
 child.HEARTBEAT_S, child.SILENCE_LIMIT_S = 0.1, 1.0
 async def main():
     client = EngineClient(Path(sys.argv[1]), EngineOptions(n_ctx=512, n_threads=1))
@@ -637,7 +637,7 @@ PARENT = """
 import asyncio, sys
 from pathlib import Path
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
+from nanorun.model.engine_options import EngineOptions
 async def main():
     client = EngineClient(Path(sys.argv[1]), EngineOptions(n_ctx=512, n_threads=1))
     await client.start()

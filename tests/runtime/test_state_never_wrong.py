@@ -163,7 +163,7 @@ def test_replies_equal_fresh_evaluations_with_guesses_from_earlier_text(
 @pytest.fixture
 def bold_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """The head guesses even where it has no idea, so that much is taken back."""
-    monkeypatch.setattr("nanorun.runtime.mtp._MIN_PROBABILITY", 0.0)
+    monkeypatch.setattr("nanorun.runtime.drafting.mtp._MIN_PROBABILITY", 0.0)
 
 
 @pytest.mark.usefixtures("bold_head")

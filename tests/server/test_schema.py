@@ -94,13 +94,13 @@ def test_conversation_without_messages_is_refused() -> None:
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_effort_is_a_depth_the_engine_knows(effort: str) -> None:
-    from nanorun.runtime.reasoning import parse_think
+    from nanorun.runtime.reply.dial import parse_think
 
     parse_think(think(reasoning_effort=effort))
 
 
 def test_efforts_grow() -> None:
-    from nanorun.runtime.reasoning import parse_think
+    from nanorun.runtime.reply.dial import parse_think
 
     budgets = [parse_think(depth) for depth in EFFORTS.values()]
     finite = [budget for budget in budgets if budget is not None]

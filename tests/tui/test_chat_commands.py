@@ -8,7 +8,7 @@ import pytest
 from textual.command import CommandPalette
 
 from nanorun.model.chat import Finished, GenerateOptions, PrefillProgress, TextDelta, ThinkingDelta
-from nanorun.runtime.reasoning import LEVELS
+from nanorun.runtime.reply.dial import LEVELS
 from nanorun.tui.commands import COMMANDS, Command
 from nanorun.tui.screens.chat import ChatScreen
 from tests.fakes import FakeClient, Step, reply

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from nanorun.model.chat import GenerateOptions
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.options import EngineOptions
 from tests.tui.harness import chatting
 
 

@@ -4,6 +4,6 @@
 endpoints takes, `reply.py` what they say.
 """
 
-from nanorun.runtime.remote.engine import RemoteEngine
+from nanorun.runtime.remote.client import RemoteEngine
 
 __all__ = ["RemoteEngine"]

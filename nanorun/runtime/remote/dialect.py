@@ -14,7 +14,7 @@ from typing import Any
 
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message
-from nanorun.runtime.reasoning import grace_tokens, parse_think
+from nanorun.runtime.reply.dial import grace_tokens, parse_think
 
 
 class Control(Enum):

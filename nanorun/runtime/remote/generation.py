@@ -14,7 +14,6 @@ import httpx
 
 from nanorun.errors import EngineDied, EngineError, NanorunError, UsageError
 from nanorun.model.chat import Event, Finished, GenerateOptions, Message, Notice, Usage
-from nanorun.runtime.reasoning import Phase, ReasoningDial
 from nanorun.runtime.remote.dialect import (
     Control,
     check_options,
@@ -27,9 +26,10 @@ from nanorun.runtime.remote.errors import EndpointBusy
 from nanorun.runtime.remote.http import Endpoint, wait_before
 from nanorun.runtime.remote.reply import DONE, RemoteReply
 from nanorun.runtime.remote.sse import SseData, SseDecoder, SseItem
+from nanorun.runtime.reply.dial import Phase, ReasoningDial
 
 if TYPE_CHECKING:
-    from nanorun.runtime.remote.engine import RemoteEngine
+    from nanorun.runtime.remote.client import RemoteEngine
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from textual.widgets import Footer
 from nanorun.errors import EngineDied, EngineError, NanorunError
 from nanorun.model.chat import GenerateOptions, Message, ModelInfo
 from nanorun.model.units import format_gib
-from nanorun.runtime.reasoning import LEVELS, parse_think
+from nanorun.runtime.reply.dial import LEVELS, parse_think
 from nanorun.tui.commands import BINDINGS
 from nanorun.tui.messages import EngineFailed, EngineReady, ReplyEnded
 from nanorun.tui.reply import Phase, Reply

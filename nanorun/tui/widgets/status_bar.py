@@ -9,7 +9,7 @@ from textual.reactive import reactive
 from textual.style import Style
 from textual.widget import Widget
 
-from nanorun.runtime.reasoning import LEVELS
+from nanorun.runtime.reply.dial import LEVELS
 from nanorun.tui.text import count_label, printable
 
 _N_METER_CELLS = 10

@@ -1,0 +1,1 @@
+"""The GGUF that is written: its header, its files, the journal, the pipeline."""

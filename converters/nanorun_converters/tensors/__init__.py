@@ -1,0 +1,1 @@
+"""Which source tensor becomes which GGUF tensor, by which transform."""

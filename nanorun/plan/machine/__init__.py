@@ -1,0 +1,1 @@
+"""What this machine, or a described one, has: devices, memory, cores, limits."""

@@ -1,0 +1,274 @@
+"""What a machine has: memory that is really free, accelerators, cores, bandwidth.
+
+Detected here, or read from a JSON profile of another machine. Sources that lie are corrected: a
+container's limit counts before the machine's RAM, and an accelerator that shares the host's memory
+(GB10, Jetson) has no memory of its own, whatever its driver says. The engine is not asked.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nanorun.errors import LibraryError, UsageError
+from nanorun.model.cuda import visible_gpus
+from nanorun.plan.machine.cgroups import memory_limit, n_cpus_allowed
+from nanorun.plan.machine.cores import Cores, detect_cores
+
+HOST = "CPU"
+"""The host's name among the devices of a plan, as the engine calls it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """One GPU that the engine could use."""
+
+    name: str
+    """As the engine numbers them: `CUDA0`."""
+    description: str
+    total_bytes: int
+    free_bytes: int
+    is_unified: bool = False
+    """It computes in the host's memory, which is then counted once."""
+    bandwidth: float = 0.0
+    """Bytes of its memory read per second, at most; 0 if unknown."""
+    flops: float = 0.0
+    """Dense half-precision operations per second of its matrix units; 0 if unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """Processor and main memory."""
+
+    description: str
+    total_bytes: int
+    available_bytes: int
+    """What a new process can take without pushing another one out, within every limit."""
+    n_cores: int
+    """Physical cores that this process may use; where there are two kinds, the fast ones."""
+    n_slow_cores: int = 0
+    """Cores of a slower kind beside them (E-cores, LITTLE), which the engine leaves idle."""
+    bandwidth: float = 0.0
+    """Bytes of main memory read per second by all cores together; 0 if unknown."""
+    flops: float = 0.0
+    limit: str | None = None
+    """What holds memory below the machine's own: `cgroup v2 limit 8.0 GiB`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """One machine, or what is known of it."""
+
+    name: str
+    host: Host
+    accelerators: tuple[Accelerator, ...] = ()
+    unusable: tuple[Accelerator, ...] = ()
+    """GPUs that are there, but that the installed engine was not built for."""
+    disk_free_bytes: int = 0
+    """In the home folder; 0 if unknown."""
+    disk_bandwidth: float = 0.0
+    """Bytes read per second where models are kept; 0 if unknown."""
+
+    @property
+    def is_unified(self) -> bool:
+        """Whether accelerators and host share one memory."""
+        return any(gpu.is_unified for gpu in self.accelerators)
+
+    def restricted(
+        self, device: str = "auto", *, vram: int | None = None, ram: int | None = None
+    ) -> Hardware:
+        """The part of the machine that a plan may use.
+
+        Args:
+            device: `auto` for all of it, `cpu`, or an accelerator's name in any case and with or
+                without a colon (`cuda:0`).
+            vram: Bytes of each accelerator that may be used, whatever is free.
+            ram: The same for main memory.
+
+        Raises:
+            UsageError: If there is no such device.
+        """
+        accelerators = self._chosen(device)
+        if vram is not None:
+            accelerators = [replace(gpu, free_bytes=vram) for gpu in accelerators]
+        host = self.host if ram is None else replace(self.host, available_bytes=ram)
+        return replace(self, host=host, accelerators=tuple(accelerators))
+
+    def _chosen(self, device: str) -> list[Accelerator]:
+        wanted = device.strip().lower().replace(":", "")
+        if wanted == "auto":
+            return list(self.accelerators)
+        if wanted == HOST.lower():
+            return []
+        chosen = [gpu for gpu in self.accelerators if gpu.name.lower() == wanted]
+        if not chosen:
+            names = ", ".join(["auto", "cpu", *(_flag_name(g.name) for g in self.accelerators)])
+            built_out = [g.description for g in self.unusable]
+            raise UsageError(
+                f"there is no device {device!r}",
+                facts=[f"devices: {names}", *(f"the engine cannot use {d}" for d in built_out)],
+                tries=["nanorun doctor"] if built_out else [],
+            )
+        return chosen
+
+
+def _flag_name(name: str) -> str:
+    letters = name.rstrip("0123456789")
+    return f"{letters.lower()}:{name[len(letters) :]}"
+
+
+def detect_hardware() -> Hardware:
+    """Look at this machine; takes milliseconds and starts nothing."""
+    host = _detect_host()
+    found = detect_nvidia(host)
+    can_use = engine_has_backend("cuda")
+    return Hardware(
+        name=platform.node() or "this machine",
+        host=host,
+        accelerators=tuple(found) if can_use else (),
+        unusable=() if can_use else tuple(found),
+        disk_free_bytes=_disk_free_bytes(),
+    )
+
+
+def _disk_free_bytes() -> int:
+    # Services and containers may have no home folder, or a user without any.
+    with suppress(OSError, RuntimeError):
+        return shutil.disk_usage(Path.home()).free
+    return 0
+
+
+def read_profile(path: Path) -> Hardware:
+    """A machine described by a JSON file: what `as_profile` gives, or `nanorun doctor --json`.
+
+    Raises:
+        UsageError: If the file is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        data = data.get("hardware", data) if isinstance(data, dict) else data
+        return Hardware(
+            name=data["name"],
+            host=Host(**data["host"]),
+            accelerators=tuple(Accelerator(**gpu) for gpu in data.get("accelerators", ())),
+            disk_free_bytes=data.get("disk_free_bytes", 0),
+            disk_bandwidth=data.get("disk_bandwidth", 0.0),
+        )
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be read: {reason}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} is no hardware profile: {error}", tries=["nanorun doctor --json"]
+        ) from error
+
+
+def as_profile(hardware: Hardware) -> dict[str, Any]:
+    """The machine as JSON values; `read_profile` reads them back."""
+    return asdict(hardware)
+
+
+def engine_has_backend(name: str) -> bool:
+    """Whether the installed engine was built with a backend (`cuda`); it is not loaded."""
+    spec = find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        return False
+    package = Path(spec.origin).parent
+    # A second copy of the libraries lies beside the package.
+    folders = (package / "lib", package.parent / "lib")
+    return any(True for folder in folders for _ in folder.glob(f"*ggml-{name}*"))
+
+
+def _detect_host() -> Host:
+    try:
+        import psutil
+    except ImportError as error:
+        raise LibraryError("psutil is missing", tries=["pip install psutil"]) from error
+    memory = psutil.virtual_memory()
+    limit = memory_limit()
+    available, note = int(memory.available), None
+    if limit is not None and limit.free_bytes < available:
+        available, note = limit.free_bytes, limit.description
+    cores = detect_cores() or Cores(psutil.cpu_count(logical=False) or psutil.cpu_count() or 1)
+    return Host(
+        description=_cpu_name(),
+        total_bytes=min(int(memory.total), limit.total_bytes if limit else int(memory.total)),
+        available_bytes=available,
+        n_cores=min(cores.n_fast, n_cpus_allowed()),
+        n_slow_cores=cores.n_slow,
+        limit=note,
+    )
+
+
+def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    try:
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+# -- NVIDIA -------------------------------------------------------------------------------------
+
+
+def detect_nvidia(host: Host) -> list[Accelerator]:
+    """The NVIDIA GPUs that the driver shows to this process; none without a driver."""
+    try:
+        nvml = import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception:
+        # No package, no driver, no permission: all mean that there is nothing to plan with.
+        return []
+    try:
+        handles = [
+            nvml.nvmlDeviceGetHandleByIndex(i) for i in visible_gpus(nvml.nvmlDeviceGetCount())
+        ]
+        return [_accelerator(nvml, handle, i, host) for i, handle in enumerate(handles)]
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _accelerator(nvml: Any, handle: Any, i_device: int, host: Host) -> Accelerator:
+    name = _ask(nvml, nvml.nvmlDeviceGetName, handle)
+    memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+    # GB10 and Jetson answer "not supported", or nothing: they work in the host's memory.
+    is_unified = memory is None or not memory.total
+    return Accelerator(
+        name=f"CUDA{i_device}",
+        description=name.decode() if isinstance(name, bytes) else str(name or "NVIDIA GPU"),
+        total_bytes=host.total_bytes if memory is None or is_unified else int(memory.total),
+        free_bytes=host.available_bytes if memory is None or is_unified else int(memory.free),
+        is_unified=is_unified,
+        bandwidth=_bandwidth(nvml, handle),
+        flops=_flops(nvml, handle),
+    )
+
+
+def _bandwidth(nvml: Any, handle: Any) -> float:
+    width = _ask(nvml, nvml.nvmlDeviceGetMemoryBusWidth, handle) or 0
+    clock = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_MEM) or 0
+    # Both edges of the clock carry data.
+    return float(width) / 8 * 2 * clock * 1e6
+
+
+def _flops(nvml: Any, handle: Any) -> float:
+    n_cores = _ask(nvml, nvml.nvmlDeviceGetNumGpuCores, handle) or 0
+    clock = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM) or 0
+    # A multiply-add a core and clock in FP32; the matrix units do four times that in FP16.
+    return 4 * 2.0 * n_cores * clock * 1e6
+
+
+def _ask(nvml: Any, function: Any, *args: Any) -> Any:
+    try:
+        return function(*args)
+    except nvml.NVMLError:
+        return None

@@ -1,0 +1,1 @@
+"""Guessing tokens ahead, for the model to check in one batch."""

@@ -1,0 +1,1 @@
+"""Who runs and what is evaluated next: requests in, events out."""

@@ -1,0 +1,86 @@
+"""Which conversations' next turns are to be read ahead, once nothing else runs.
+
+After a reply the next prompt is known but for its question. What of it is not in the cache yet (the
+answer without the thinking before it, most often) is read while the engine has nothing else to do.
+Any request ends that at once; it goes on when the engine is idle again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from nanorun.errors import NanorunError
+from nanorun.model.chat import Event, GenerateOptions, Message, TextDelta, ThinkingDelta
+from nanorun.runtime.engine.request import Request, prepare_anchor
+from nanorun.runtime.llama.loaded_model import LoadedModel
+
+_MOST_WAITING = 32
+"""Conversations; of more, those that were told first have to wait for their next turn."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """A reply in the making, kept for reading ahead once it is complete."""
+
+    messages: list[Message]
+    options: GenerateOptions
+    thinking: str = ""
+    answer: str = ""
+
+    def take(self, event: Event) -> None:
+        """Collect what was said."""
+        if isinstance(event, ThinkingDelta):
+            self.thinking += event.text
+        elif isinstance(event, TextDelta):
+            self.answer += event.text
+
+    def next_replies(self) -> list[Message]:
+        """The reply in the forms in which the next turn may carry it, the likelier last."""
+        plain = Message("assistant", self.answer.strip())
+        if not self.thinking or self.options.echo_thinking is False:
+            return [plain]
+        full = replace(plain, thinking=self.thinking)
+        return [full] if self.options.echo_thinking else [plain, full]
+
+
+class ReadingAhead:
+    """The turns that wait, and the one that is read."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, Turn] = {}
+        self._current: tuple[str, Turn] | None = None
+
+    def add(self, request_id: str, turn: Turn) -> None:
+        """A reply is complete."""
+        self._waiting[request_id] = turn
+        while len(self._waiting) > _MOST_WAITING:
+            del self._waiting[next(iter(self._waiting))]
+
+    def interrupt(self, messages: Sequence[Message]) -> None:
+        """A request of these messages came: what was being read is read another time.
+
+        The conversation that they continue has come to its next turn already.
+        """
+        if self._current is not None:
+            self.add(*self._current)
+            self._current = None
+        for request_id, turn in tuple(self._waiting.items()):
+            if list(messages[: len(turn.messages)]) == turn.messages:
+                del self._waiting[request_id]
+
+    def next(self, model: LoadedModel) -> list[Request] | None:
+        """What to read now that the engine is idle, of the newest turn; None if none waits."""
+        self._current = self._waiting.popitem() if self._waiting else None
+        if self._current is None:
+            return None
+        request_id, turn = self._current
+        requests = []
+        for reply in turn.next_replies():
+            try:
+                request = prepare_anchor(request_id, model, turn.messages, reply, turn.options)
+            except NanorunError:  # nobody asked for it, so nobody is told
+                continue
+            if request is not None:
+                requests.append(request)
+        return requests

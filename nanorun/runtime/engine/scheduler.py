@@ -1,0 +1,142 @@
+"""Which tokens go into the next batch: pure decisions, no engine.
+
+Streams that are answering come first, one token each, so that a long prompt never stops them;
+prompts share what is left of the batch in order of arrival. While someone is answering, prompts
+are read in smaller pieces, because a batch delays every stream in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+import numpy as np
+
+from nanorun.runtime.engine.request import Request
+from nanorun.runtime.llama.context import Row
+from nanorun.runtime.prompt_state.prefix_tree import Branch
+
+# Fewer shared tokens than this are cheaper to read twice than to wait for.
+MIN_SHARED_TOKENS = 64
+# Prompt tokens a batch may hold beside answering streams.
+MAX_PREFILL_BESIDE_DECODE = 128
+
+
+class Schedulable(Protocol):
+    """What the scheduler needs to know of a stream."""
+
+    request: Request
+    prompt: list[int]
+    branch: Branch | None
+    pending: int | None
+    drafts: list[int]
+    stops: set[int]
+
+    @property
+    def n_evaluated(self) -> int:
+        """Tokens read so far."""
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether prompt tokens are left."""
+
+    @property
+    def turn(self) -> tuple[bool, bool, int]:
+        """Sorts streams: who is served first."""
+
+
+S = TypeVar("S", bound=Schedulable)
+
+
+def plan_rows(streams: Sequence[S], n_batch: int, n_ubatch: int) -> list[tuple[S, Row]]:
+    """Lay out the next batch: answering streams, then prompts within one ubatch.
+
+    Args:
+        streams: Running streams; their turns decide whose prompt is read first.
+        n_batch: Tokens a batch may hold.
+        n_ubatch: Tokens after which a cancellation takes effect.
+    """
+    plan: list[tuple[S, Row]] = []
+    streams = sorted(streams, key=lambda stream: stream.turn)
+    for stream in streams:
+        if not stream.in_prefill and stream.branch is not None and stream.pending is not None:
+            tokens, n_drafts = [stream.pending, *stream.drafts], len(stream.drafts)
+            row = Row(stream.branch.seq_id, stream.n_evaluated, tokens, True, n_drafts=n_drafts)
+            plan.append((stream, row))
+    n_left = min(n_batch, n_ubatch) - sum(len(row.tokens) for _, row in plan)
+    if plan:
+        n_left = min(n_left, MAX_PREFILL_BESIDE_DECODE)
+    for stream in streams:
+        if stream.in_prefill and stream.branch is not None and n_left > 0:
+            row = _prefill_row(stream, stream.branch, n_left)
+            plan.append((stream, row))
+            n_left -= len(row.tokens)
+    return plan
+
+
+def _prefill_row(stream: Schedulable, branch: Branch, n_most: int) -> Row:
+    """The next piece of a prompt, ending early where the stream has to pause."""
+    prompt, start = stream.prompt, stream.n_evaluated
+    end = min(len(prompt), start + n_most, *(p for p in stream.stops if p > start))
+    wants_logits = end == len(prompt) and not stream.request.anchor
+    return Row(branch.seq_id, start, prompt[start:end], wants_logits)
+
+
+def separate_guesses(plan: Sequence[tuple[S, Row]], n_ubatch: int) -> list[list[tuple[S, Row]]]:
+    """Cut a batch into parts that are evaluated one after the other; most often there is one.
+
+    What a wrong guess is rolled back to lies beside the cell of its sequence, and stays there when
+    another ubatch moves that cell (docs/engine-hazards.md). So rows with guesses are alone with
+    rows of the same length, which llama.cpp puts into the same ubatch, and rolled back before the
+    next part.
+    """
+    by_length: dict[int, list[tuple[S, Row]]] = {}
+    for stream, row in plan:
+        by_length.setdefault(len(row.tokens) if row.n_drafts else 0, []).append((stream, row))
+    parts = []
+    for length, rows in sorted(by_length.items()):
+        n_rows = n_ubatch // length if length else len(rows)
+        parts += [rows[i : i + n_rows] for i in range(0, len(rows), n_rows)]
+    return parts
+
+
+def last_in_turn(running: Sequence[S], than: S | None = None) -> S | None:
+    """The running stream to suspend when there is not room for all.
+
+    Args:
+        running: Candidates.
+        than: Who needs the room; only background work gives way to an interactive stream.
+    """
+    candidates = [
+        s for s in running if than is None or (s.turn[:2] > than.turn[:2] and s is not than)
+    ]
+    return max(candidates, key=lambda stream: stream.turn, default=None)
+
+
+def shared_prefix_leader(
+    prompt: Sequence[int], running: Sequence[tuple[Sequence[int], int]], n_cached: int
+) -> tuple[int, int] | None:
+    """The running prefill that is about to read a prefix this prompt needs too.
+
+    Args:
+        prompt: The waiting prompt.
+        running: Prompt and evaluated tokens of each running stream.
+        n_cached: Tokens of the prompt that could be reused right now.
+
+    Returns:
+        Index of that stream and the number of tokens it shares, or None if waiting gains nothing.
+    """
+    best: tuple[int, int] | None = None
+    for i, (other, n_evaluated) in enumerate(running):
+        n_shared = min(_n_common(prompt, other), len(prompt) - 1)
+        gains = n_shared - n_cached >= MIN_SHARED_TOKENS
+        ahead = n_evaluated < n_shared
+        if gains and ahead and (best is None or n_shared > best[1]):
+            best = (i, n_shared)
+    return best
+
+
+def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
+    n = min(len(a), len(b))
+    different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(different[0]) if len(different) else n

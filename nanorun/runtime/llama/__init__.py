@@ -1,0 +1,1 @@
+"""llama.cpp behind typed calls: the library, loaded weights, one context; nothing else calls it."""

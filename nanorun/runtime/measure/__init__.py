@@ -1,0 +1,1 @@
+"""Measuring a model: importance matrix, perplexity, divergence, memory."""

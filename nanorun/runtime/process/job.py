@@ -1,0 +1,186 @@
+"""One long job of the engine in a child process, called like a function.
+
+A ggml abort, a kill or a corrupt file ends the child and nothing else: the caller gets `EngineDied`
+with what the child said last. A caller that is interrupted lets the job finish its step first, so
+that it can keep what it has; a caller that dies takes the child with it.
+
+The child is `python -m nanorun.runtime.process.job`. One frame goes in on stdin (`job`,
+`arguments`); frames of kind `progress`, `result` or `error` come out on stdout, in the form of
+`runtime/process/wire.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from nanorun.errors import EngineDied, EngineOutOfMemory, NanorunError, process_ending
+from nanorun.runtime.process import wire
+from nanorun.runtime.process.child_main import run_as_child
+from nanorun.runtime.process.oom import count_oom_kills, died_of_memory
+
+Progress = Callable[..., None]
+Job = Callable[[dict[str, Any], Progress], Any]
+"""A function at the top of a module: JSON in, progress on the way (JSON values), JSON out."""
+
+_N_STDERR_LINES = 6
+# How long a child goes on that has lost its parent where the kernel does not end it.
+_ORPHAN_S = 60.0
+
+
+def run_job(
+    job: Job, arguments: dict[str, Any], progress: Progress | None = None, *, stop_s: float = 0.0
+) -> Any:
+    """Call `job(arguments, progress)` in a child process.
+
+    Args:
+        job: The function.
+        arguments: What it is called with, as JSON can hold it.
+        progress: Called with what the job reports.
+        stop_s: How long an interrupted job may take to end by itself, before it is killed.
+
+    Raises:
+        EngineDied: If the child ended without a result.
+        NanorunError: What the job raised.
+    """
+    oom_kills = count_oom_kills()
+    with subprocess.Popen(
+        [sys.executable, "-m", "nanorun.runtime.process.job"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # ggml would start a debugger to print a backtrace of an abort.
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+    ) as process:  # fmt: skip
+        assert process.stdin and process.stdout and process.stderr
+        last_lines = _Tail(process.stderr)
+        request = {"job": f"{job.__module__}:{job.__qualname__}", "arguments": arguments}
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(wire.pack(request))
+                process.stdin.flush()
+            answer = _answer(process.stdout, progress)
+        except BaseException:
+            _stop(process, stop_s)
+            raise
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        code = process.wait()
+    if answer is None:
+        facts = last_lines.wait()
+        ending = f"the engine's process {process_ending(code)}"
+        if died_of_memory(code, oom_kills, facts):
+            raise EngineOutOfMemory(f"{ending} because memory ran out", facts=facts)
+        raise EngineDied(ending, facts=facts)
+    if answer["kind"] == "error":
+        raise wire.error_from_json(answer)
+    return answer["value"]
+
+
+def _answer(stream: Any, progress: Progress | None) -> dict[str, Any] | None:
+    """The result or the error; None if the child ends without either."""
+    while (frame := wire.read(stream)) is not None:
+        if frame["kind"] != "progress":
+            return frame
+        if progress is not None:
+            progress(*frame["values"])
+    return None
+
+
+def _stop(process: subprocess.Popen[bytes], stop_s: float) -> None:
+    """Tell the child to stop by closing its stdin; make it, when it does not."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        # What it still reports must not fill the pipe.
+        threading.Thread(target=process.stdout.read, daemon=True).start()
+        process.wait(stop_s)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
+
+
+class _Tail:
+    """The last lines of a stream, read as they come so that its writer never waits."""
+
+    def __init__(self, stream: Any) -> None:
+        self._lines: deque[str] = deque(maxlen=_N_STDERR_LINES)
+        self._stream = stream
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def wait(self) -> list[str]:
+        """The lines, once the stream has ended."""
+        self._thread.join()
+        return list(self._lines)
+
+    def _read(self) -> None:
+        # The stream is closed under us where the job was interrupted.
+        with contextlib.suppress(ValueError, OSError):
+            for line in self._stream:
+                if text := line.decode("utf-8", "replace").rstrip():
+                    self._lines.append(text)
+
+
+# -- in the child -------------------------------------------------------------------------------
+
+
+class _StoppedError(BaseException):
+    """Raised in the job where it reports progress; no `except Exception` may hold it up."""
+
+
+class _Reporter:
+    """Sends frames, and ends the job once nobody wants its result."""
+
+    def __init__(self, sink: BinaryIO) -> None:
+        self._sink = sink
+        self.stopping = threading.Event()
+
+    def progress(self, *values: Any) -> None:
+        """What the job calls."""
+        if self.stopping.is_set():
+            raise _StoppedError
+        self.send({"kind": "progress", "values": values})
+
+    def send(self, frame: dict[str, Any]) -> None:
+        """Write a frame."""
+        try:
+            self._sink.write(wire.pack(frame))
+            self._sink.flush()
+        except BrokenPipeError as error:
+            raise _StoppedError from error
+
+
+def _serve(source: BinaryIO, sink: BinaryIO) -> None:
+    reporter = _Reporter(sink)
+    try:
+        request = wire.read(source)
+        if request is None:
+            return
+
+        def listen() -> None:
+            source.read()  # nothing more comes: this waits for the end
+            reporter.stopping.set()
+            threading.Event().wait(_ORPHAN_S)
+            os._exit(0)
+
+        threading.Thread(target=listen, daemon=True).start()
+        module, _, name = request["job"].partition(":")
+        job: Job = getattr(importlib.import_module(module), name)
+        value = job(request["arguments"], reporter.progress)
+        reporter.send({"kind": "result", "value": value})
+    except NanorunError as error:
+        with contextlib.suppress(_StoppedError):
+            reporter.send(wire.error_to_json(error))
+    except _StoppedError:
+        pass
+
+
+if __name__ == "__main__":
+    run_as_child(_serve)

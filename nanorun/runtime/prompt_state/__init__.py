@@ -1,0 +1,1 @@
+"""Which sequence holds which tokens, and where states go that leave the device."""

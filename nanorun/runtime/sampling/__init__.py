@@ -1,0 +1,1 @@
+"""The next token from logits, as the sampling settings ask; no engine."""

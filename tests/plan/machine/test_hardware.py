@@ -1,0 +1,240 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nanorun.errors import UsageError
+from nanorun.plan.machine import hardware
+from nanorun.plan.machine.cgroups import memory_limit, n_cpus_allowed
+from nanorun.plan.machine.hardware import (
+    Host,
+    as_profile,
+    detect_hardware,
+    detect_nvidia,
+    read_profile,
+)
+from tests.plan.profiles import NAMES, profile
+
+GIB = 2**30
+HOST = Host(description="cpu", total_bytes=128 * GIB, available_bytes=100 * GIB, n_cores=20)
+
+
+def group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{value}\n")
+
+
+def test_limit_of_cgroup_v2_counts_cached_files_as_free(tmp_path: Path) -> None:
+    proc = tmp_path / "cgroup"
+    proc.write_text("0::/user/service\n")
+    group(tmp_path / "root/user/service", memory__max=8 * GIB, memory__current=6 * GIB)
+    (tmp_path / "root/user/service/memory.stat").write_text(f"anon 1\ninactive_file {GIB}\n")
+    limit = memory_limit(proc, tmp_path / "root")
+    assert limit is not None
+    assert (limit.total_bytes, limit.free_bytes) == (8 * GIB, 3 * GIB)
+    assert limit.description == "cgroup v2 limit 8.0 GiB"
+
+
+def test_tightest_group_above_the_process_counts(tmp_path: Path) -> None:
+    proc = tmp_path / "cgroup"
+    proc.write_text("0::/user/service\n")
+    group(tmp_path / "root/user/service", memory__max="max", memory__current=GIB)
+    group(tmp_path / "root/user", memory__max=4 * GIB, memory__current=GIB)
+    limit = memory_limit(proc, tmp_path / "root")
+    assert limit is not None
+    assert limit.free_bytes == 3 * GIB
+
+
+def test_limit_of_cgroup_v1(tmp_path: Path) -> None:
+    proc = tmp_path / "cgroup"
+    proc.write_text("5:cpu,cpuacct:/x\n3:memory:/docker/abc\n")
+    files = {"memory__limit_in_bytes": 2 * GIB, "memory__usage_in_bytes": GIB}
+    # Inside a container the path is that of the machine, and only the root is mounted.
+    group(tmp_path / "root/memory", **files)
+    limit = memory_limit(proc, tmp_path / "root")
+    assert limit is not None
+    assert limit.description == "cgroup v1 limit 2.0 GiB"
+    assert limit.free_bytes == GIB
+
+
+def test_unlimited_groups_limit_nothing(tmp_path: Path) -> None:
+    proc = tmp_path / "cgroup"
+    proc.write_text("3:memory:/\n0::/\n")
+    group(tmp_path / "root/memory", memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=1)
+    assert memory_limit(proc, tmp_path / "root") is None
+    assert memory_limit(tmp_path / "missing", tmp_path / "root") is None
+
+
+def test_cpu_quota_rounds_up(tmp_path: Path) -> None:
+    proc = tmp_path / "cgroup"
+    proc.write_text("0::/\n")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/cpu.max").write_text("50000 100000\n")
+    assert n_cpus_allowed(proc, tmp_path / "root") == 1
+    (tmp_path / "root/cpu.max").write_text("max 100000\n")
+    assert n_cpus_allowed(proc, tmp_path / "root") >= 1
+
+
+class FakeNvml:
+    """The driver's library as far as it is asked."""
+
+    NVML_CLOCK_MEM, NVML_CLOCK_SM = 2, 1
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, n_devices: int = 1, *, has_memory: bool = True) -> None:
+        self.n_devices, self.has_memory = n_devices, has_memory
+        self.is_open = False
+
+    def nvmlInit(self) -> None:
+        self.is_open = True
+
+    def nvmlShutdown(self) -> None:
+        self.is_open = False
+
+    def nvmlDeviceGetCount(self) -> int:
+        return self.n_devices
+
+    def nvmlDeviceGetHandleByIndex(self, i: int) -> int:
+        return i
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return f"NVIDIA GeForce RTX 4090 #{handle}"
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
+        if not self.has_memory:
+            raise self.NVMLError("Not Supported")
+        return SimpleNamespace(total=24 * GIB, free=23 * GIB)
+
+    def nvmlDeviceGetMemoryBusWidth(self, handle: int) -> int:
+        return 384
+
+    def nvmlDeviceGetMaxClockInfo(self, handle: int, kind: int) -> int:
+        return 10501 if kind == self.NVML_CLOCK_MEM else 3105
+
+    def nvmlDeviceGetNumGpuCores(self, handle: int) -> int:
+        raise self.NVMLError("Not Supported")
+
+
+def use(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> None:
+    monkeypatch.setattr(hardware, "import_module", lambda name: nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_gpu_with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml()
+    use(monkeypatch, nvml)
+    (gpu,) = detect_nvidia(HOST)
+    assert (gpu.name, gpu.total_bytes, gpu.free_bytes) == ("CUDA0", 24 * GIB, 23 * GIB)
+    assert gpu.bandwidth == pytest.approx(1008e9, rel=0.001)
+    assert gpu.flops == 0.0
+    assert not gpu.is_unified
+    assert not nvml.is_open
+
+
+def test_gpu_without_memory_of_its_own_shares_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, FakeNvml(has_memory=False))
+    (gpu,) = detect_nvidia(HOST)
+    assert gpu.is_unified
+    assert (gpu.total_bytes, gpu.free_bytes) == (HOST.total_bytes, HOST.available_bytes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "shown"),
+    [("1", ["#1"]), ("2,0", ["#2", "#0"]), ("0,7,1", ["#0"]), ("", []), ("GPU-12ab", ["#0", "#1"])],
+)
+def test_hidden_gpus_are_not_planned_with(
+    monkeypatch: pytest.MonkeyPatch, setting: str, shown: list[str]
+) -> None:
+    use(monkeypatch, FakeNvml(2 if "GPU" in setting else 3))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    gpus = detect_nvidia(HOST)
+    assert [gpu.description[-2:] for gpu in gpus] == shown
+    assert [gpu.name for gpu in gpus] == [f"CUDA{i}" for i in range(len(gpus))]
+
+
+def test_machine_without_a_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(hardware, "import_module", missing)
+    assert detect_nvidia(HOST) == []
+
+
+@pytest.mark.parametrize("has_cuda", [True, False])
+def test_gpu_counts_only_if_the_engine_was_built_for_it(
+    monkeypatch: pytest.MonkeyPatch, has_cuda: bool
+) -> None:
+    use(monkeypatch, FakeNvml())
+    monkeypatch.setattr(hardware, "engine_has_backend", lambda name: has_cuda)
+    found = detect_hardware()
+    assert len(found.accelerators) == has_cuda
+    assert len(found.unusable) == (not has_cuda)
+
+
+def test_this_machine_is_described() -> None:
+    found = detect_hardware()
+    assert 0 < found.host.available_bytes <= found.host.total_bytes
+    assert found.host.n_cores >= 1
+    assert found.disk_free_bytes > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_profiles_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    machine = profile(name)
+    path = tmp_path / "copy.json"
+    path.write_text(json.dumps(as_profile(machine)))
+    assert read_profile(path) == machine
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "x"}', '{"name": 1, "host": {"cores": 2}}'])
+def test_file_that_is_no_profile_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.json is no hardware profile"):
+        read_profile(path)
+
+
+def test_what_doctor_prints_is_a_profile(tmp_path: Path) -> None:
+    machine, path = profile("rtx-4090"), tmp_path / "doctor.json"
+    path.write_text(json.dumps({"nanorun": "0.1.0", "hardware": as_profile(machine)}))
+    assert read_profile(path) == machine
+
+
+@pytest.mark.parametrize("has_name", [True, False])
+def test_machine_is_detected_without_a_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, has_name: bool
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "gone"))
+    if not has_name:  # neither HOME nor an entry for the user, as in many containers
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    machine = detect_hardware()
+    assert machine.disk_free_bytes == 0
+    assert machine.host.available_bytes > 0
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "CUDA1", "cuda1"])
+def test_devices_are_named_in_any_spelling(device: str) -> None:
+    (gpu,) = profile("2x-rtx-3090").restricted(device).accelerators
+    assert gpu.name == "CUDA1"
+
+
+def test_cpu_and_limits_restrict_a_machine() -> None:
+    machine = profile("2x-rtx-3090")
+    assert machine.restricted("cpu").accelerators == ()
+    limited = machine.restricted(vram=8 * GIB, ram=16 * GIB)
+    assert [gpu.free_bytes for gpu in limited.accelerators] == [8 * GIB, 8 * GIB]
+    assert limited.host.available_bytes == 16 * GIB
+
+
+def test_unknown_device_is_refused_by_name() -> None:
+    with pytest.raises(UsageError, match="no device 'cuda:2'") as caught:
+        profile("2x-rtx-3090").restricted("cuda:2")
+    assert caught.value.facts == ("devices: auto, cpu, cuda:0, cuda:1",)

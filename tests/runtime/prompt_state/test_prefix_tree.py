@@ -1,0 +1,297 @@
+"""The prefix tree against a memory that behaves like llama.cpp's hybrid one, and no better."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from nanorun.errors import EngineError
+from nanorun.runtime.prompt_state.archive import Archive
+from nanorun.runtime.prompt_state.prefix_tree import PrefixTree
+
+N_SEQ, N_CELLS = 4, 96
+
+
+class HybridMemory:
+    """Sequences as pairs (attention tokens, tokens the recurrent state has seen).
+
+    A sequence is sound while both agree; `check` says so. Cells are counted as llama.cpp does:
+    a forked sequence shares the cells of its source.
+    """
+
+    def __init__(self) -> None:
+        self.attention: dict[int, list[object]] = {}
+        self.recurrent: dict[int, list[int]] = {}
+        self._n_cells_made = 0
+
+    def evaluate(self, seq_id: int, tokens: list[int]) -> None:
+        cells = self.attention.setdefault(seq_id, [])
+        seen = self.recurrent.setdefault(seq_id, [])
+        for token in tokens:
+            self._n_cells_made += 1
+            cells.append((token, self._n_cells_made))
+            seen.append(token)
+
+    def n_cells(self) -> int:
+        return len({cell for cells in self.attention.values() for cell in cells})
+
+    def tokens(self, seq_id: int) -> list[int]:
+        tokens = [token for token, _ in self.attention.get(seq_id, [])]
+        assert self.recurrent.get(seq_id, []) == tokens, "attention and recurrent state differ"
+        return tokens
+
+    def drop(self, seq_id: int) -> None:
+        self.attention.pop(seq_id, None)
+        self.recurrent.pop(seq_id, None)
+
+    def fork(self, source: int, target: int) -> None:
+        assert not self.attention.get(target), "a fork needs an empty target"
+        self.attention[target] = list(self.attention[source])
+        self.recurrent[target] = list(self.recurrent[source])
+
+    def fork_at(self, source: int, target: int, n_tokens: int, state: bytes) -> None:
+        assert not self.attention.get(target), "a fork needs an empty target"
+        self.attention[target] = self.attention[source][:n_tokens]
+        self.recurrent[target] = json.loads(state)
+
+    def rewind(self, seq_id: int, n_tokens: int, state: bytes) -> None:
+        self.attention[seq_id] = self.attention[seq_id][:n_tokens]
+        self.recurrent[seq_id] = json.loads(state)
+
+    def recurrent_state(self, seq_id: int) -> bytes:
+        return json.dumps(self.recurrent[seq_id]).encode()
+
+    def full_state(self, seq_id: int) -> bytes:
+        return json.dumps(self.tokens(seq_id)).encode()
+
+    def restore(self, seq_id: int, state: bytes) -> None:
+        assert not self.attention.get(seq_id), "a restore needs an empty target"
+        self.evaluate(seq_id, json.loads(state))
+
+
+def make_tree(
+    archive_bytes: int = 4000, checkpoint_bytes: int = 2000
+) -> tuple[PrefixTree, HybridMemory]:
+    memory = HybridMemory()
+    return PrefixTree(memory, N_SEQ, N_CELLS, Archive(archive_bytes), checkpoint_bytes), memory
+
+
+def read(tree: PrefixTree, memory: HybridMemory, prompt: list[int], stops: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
+    branch = tree.acquire(prompt)
+    assert branch is not None
+    for end in sorted({*(s for s in stops if s > branch.n_tokens), len(prompt)}):
+        piece = prompt[branch.n_tokens : end]
+        assert tree.make_room(len(piece))
+        memory.evaluate(branch.seq_id, piece)
+        tree.extend(branch, piece)
+        if end in stops:
+            tree.checkpoint(branch)
+    return branch
+
+
+def test_acquire_continues_an_idle_sequence() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, [1, 2, 3])
+    tree.release(first)
+    again = tree.acquire([1, 2, 3, 4])
+    assert again is first
+    assert again.n_cached == 3
+
+
+def test_acquire_leaves_the_last_token_to_evaluate() -> None:
+    tree, memory = make_tree()
+    tree.release(read(tree, memory, [1, 2, 3]))
+    branch = tree.acquire([1, 2, 3])
+    assert branch is not None
+    assert branch.n_cached == 0  # no state exists before the last token
+
+
+def test_acquire_forks_at_a_checkpoint_of_a_busy_sequence() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, [1, 2, 3, 4, 5], stops=(3,))
+    second = tree.acquire([1, 2, 3, 9])
+    assert second is not None and second is not first
+    assert second.n_cached == 3
+    assert memory.tokens(second.seq_id) == [1, 2, 3]
+    assert tree.n_cells_used == memory.n_cells() == 5
+
+
+def test_acquire_without_a_state_reads_anew() -> None:
+    tree, memory = make_tree()
+    read(tree, memory, [1, 2, 3, 4, 5])
+    second = tree.acquire([1, 2, 3, 9])
+    assert second is not None
+    assert second.n_cached == 0
+
+
+def test_acquire_returns_none_while_all_sequences_are_busy() -> None:
+    tree, memory = make_tree()
+    for i in range(N_SEQ):
+        read(tree, memory, [i, i])
+    assert tree.acquire([7]) is None
+
+
+def test_eviction_spills_to_the_archive_and_comes_back() -> None:
+    tree, memory = make_tree()
+    tree.release(read(tree, memory, list(range(40)), stops=(20,)))
+    assert tree.make_room(N_CELLS)
+    assert tree.n_cells_used == memory.n_cells() == 0
+    branch = tree.acquire([*range(20), 99, 98])
+    assert branch is not None
+    assert (branch.n_cached, branch.cached_from) == (20, "host")
+    assert memory.tokens(branch.seq_id) == list(range(20))
+
+
+def test_make_room_never_takes_a_busy_sequence() -> None:
+    tree, memory = make_tree()
+    read(tree, memory, list(range(50)))
+    assert not tree.make_room(N_CELLS)
+    assert tree.n_cells_obtainable() == N_CELLS - 50
+
+
+def test_checkpoints_stay_within_their_budget() -> None:
+    tree, memory = make_tree(checkpoint_bytes=200)
+    for i in range(3):
+        branch = read(tree, memory, [i, *range(30)], stops=(10, 20))
+        tree.release(branch)
+        assert tree.checkpoint_bytes <= 200
+
+
+def test_sequence_on_the_device_is_said_to_come_from_there() -> None:
+    tree, memory = make_tree()
+    tree.release(read(tree, memory, list(range(40))))
+    assert tree.make_room(N_CELLS)
+    branch = tree.acquire([*range(40), 50])
+    assert branch is not None and branch.cached_from == "host"
+    tree.release(branch)
+    again = tree.acquire([*range(40), 60])
+    assert again is branch
+    assert (again.n_cached, again.cached_from) == (40, "device")
+
+
+def test_eviction_keeps_the_checkpoints_that_no_other_sequence_has() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, list(range(30)), stops=(10, 20))
+    tree.release(first)
+    second = tree.acquire([*range(30), 50])
+    assert second is first
+    tree.checkpoint(second)
+    third = tree.acquire([*range(30), 60])
+    assert third is not None and third is not second
+    third.checkpoints = {30: third.checkpoints[30]}  # the others gave way to a budget
+    tree.release(second)
+    tree.make_room(tree.n_cells_free + 1)
+    tree.evict_idle()
+    tree.release(third, keep=False)
+    branch = tree.acquire([*range(20), 70])
+    assert branch is not None
+    assert (branch.n_cached, branch.cached_from) == (20, "host")
+
+
+def test_recall_is_not_pushed_out_by_what_has_to_make_room_for_it() -> None:
+    tree, memory = make_tree(archive_bytes=200)  # holds one of the sequences
+    wanted = list(range(40))
+    tree.release(read(tree, memory, wanted))
+    assert tree.make_room(N_CELLS)
+    for i in range(N_SEQ):
+        tree.release(read(tree, memory, [100 + i] * 20))
+    branch = tree.acquire([*wanted, 50])
+    assert branch is not None
+    assert (branch.n_cached, branch.cached_from) == (40, "host")
+
+
+def test_recalled_checkpoints_stay_within_their_budget() -> None:
+    tree, memory = make_tree(archive_bytes=4000, checkpoint_bytes=200)
+    for i in range(2):
+        tree.release(read(tree, memory, [50 + i, *range(30)], stops=(10, 20)))
+        tree.evict_idle()
+    for i in range(2):
+        branch = tree.acquire([50 + i, *range(30), 99])
+        assert branch is not None and branch.cached_from == "host"
+        assert tree.checkpoint_bytes <= 200
+
+
+class Refusing(HybridMemory):
+    """An engine that does not take a saved state."""
+
+    def restore(self, seq_id: int, state: bytes) -> None:
+        self.evaluate(seq_id, [1])  # some of it went in
+        raise EngineError("a saved state does not fit")
+
+
+def test_state_that_the_engine_refuses_is_read_anew() -> None:
+    memory = Refusing()
+    tree = PrefixTree(memory, N_SEQ, N_CELLS, Archive(4000))
+    tree.release(read(tree, memory, list(range(40))))
+    assert tree.make_room(N_CELLS)
+    branch = tree.acquire([*range(40), 50])
+    assert branch is not None
+    assert branch.n_cached == tree.n_cells_used == memory.n_cells() == 0
+
+
+class TreeMachine(RuleBasedStateMachine):
+    """Any order of prompts, growth, release and eviction keeps tree and memory in agreement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tree, self.memory = make_tree()
+        self.busy: list = []  # type: ignore[type-arg]
+
+    tokens = st.lists(st.integers(0, 2), min_size=1, max_size=24)
+
+    @rule(prompt=tokens, stops=st.sets(st.integers(1, 24), max_size=3))
+    def start(self, prompt: list[int], stops: set[int]) -> None:
+        expected = self.tree.best_match(prompt).n_tokens
+        branch = self.tree.acquire(prompt)
+        if branch is None:
+            assert len(self.busy) >= N_SEQ - 1
+            return
+        assert branch.n_cached <= expected < len(prompt)
+        assert self.memory.tokens(branch.seq_id) == prompt[: branch.n_cached]
+        self.busy.append(branch)
+        for end in sorted({*(s for s in stops if s < len(prompt)), len(prompt)}):
+            self.grow(branch, prompt[branch.n_tokens : end])
+            if branch.n_tokens == end and end in stops:
+                self.tree.checkpoint(branch)
+
+    def grow(self, branch, piece: list[int]) -> None:  # type: ignore[no-untyped-def]
+        if piece and self.tree.make_room(len(piece)):
+            self.memory.evaluate(branch.seq_id, piece)
+            self.tree.extend(branch, piece)
+
+    @precondition(lambda self: self.busy)
+    @rule(data=st.data(), piece=tokens)
+    def answer(self, data: st.DataObject, piece: list[int]) -> None:
+        self.grow(data.draw(st.sampled_from(self.busy)), piece)
+
+    @precondition(lambda self: self.busy)
+    @rule(data=st.data(), keep=st.booleans())
+    def release(self, data: st.DataObject, keep: bool) -> None:
+        branch = data.draw(st.sampled_from(self.busy))
+        self.busy.remove(branch)
+        self.tree.release(branch, keep=keep)
+
+    @rule(n_cells=st.integers(0, N_CELLS))
+    def make_room(self, n_cells: int) -> None:
+        obtainable = self.tree.n_cells_obtainable()
+        assert self.tree.make_room(n_cells) == (obtainable >= n_cells)
+
+    @rule()
+    def evict_idle(self) -> None:
+        self.tree.evict_idle()
+
+    @invariant()
+    def agrees(self) -> None:
+        for branch in self.tree.branches:
+            assert self.memory.tokens(branch.seq_id) == list(branch.tokens)
+            for position, state in branch.checkpoints.items():
+                assert json.loads(state) == list(branch.tokens[:position])
+        assert self.tree.n_cells_used == self.memory.n_cells() <= N_CELLS
+
+
+TestTreeMachine = pytest.mark.filterwarnings("default")(TreeMachine.TestCase)
+TreeMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=25, deadline=None)
