@@ -4,12 +4,13 @@
                           [--quantizer ggml|torch] [--feedback auto|never] [--fixed q4 iq4_nl ...]
 
 Reference: pico in F32. Imatrix: `nanorun.runtime.measure.imatrix` on one half of the conversations,
-with sensitivities measured on 8 chunks of it, and Gram matrices; the KL divergence is of the other half,
-control tokens parsed, in chunks of 512, by the method of llama-perplexity. `llama.cpp` rows are
-made by its `llama_model_quantize`, with the same imatrix, from the unpadded F32 file, so they hold
-its fallbacks; `padded` rows are the same preset on padded shapes, `auto` rows what nanorun makes of
-it; `searched` rows have the size of the recipe or of llama.cpp's file above, times `--scale`, and
-are encoded by `--quantizer` with `--feedback`; others by ggml, as `llama-quantize` does, but for
+with sensitivities measured on 8 chunks of it, and Gram matrices; the KL divergence is of the other
+half, control tokens parsed, in chunks of 512, by the method of llama-perplexity. `llama.cpp` rows
+are made by its `llama_model_quantize`, with the same imatrix, from the unpadded F32 file, so they
+hold its fallbacks; `padded` rows are the same preset on padded shapes, `auto` rows what nanorun
+makes of it; `searched` rows have the size of the recipe or of llama.cpp's file above, times
+`--scale`, and are encoded by `--quantizer` with `--feedback`; others by ggml, as `llama-quantize`
+does, but for
 `with feedback`. `sensitivity` encodes one tensor at a time and compares its KL divergence with the
 prediction.
 """

@@ -1,7 +1,8 @@
 """The command tree: which commands there are, and how their flags are read.
 
 Commands are named here and imported when they are asked for; a module `nanorun.cli.commands.NAME`
-holds one function, `command`, whose signature is its flags. Typer's own complaints leave as `UsageError`.
+holds one function, `command`, whose signature is its flags. Typer's own complaints leave as
+`UsageError`.
 """
 
 from __future__ import annotations
