@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.converters.upstream import converter_command  # noqa: E402
-from tests.source_models import DEFAULT_SIZES, model_config, write_json, write_tokenizer  # noqa: E402
+from tests.support.source_models import DEFAULT_SIZES, model_config, write_json, write_tokenizer  # noqa: E402
 
 PATTERN = "MEMEM*EMEME"
 # Nano's, scaled: experts hold nine of ten weights, and are 0.7 times as wide as the model.

@@ -75,7 +75,7 @@ def pico_f32_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def dense_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense hybrid (`-` layers), in F32."""
     from nanorun_converters.convert import ConvertOptions, convert
-    from tests.source_models import write_source_model
+    from tests.support.source_models import write_source_model
 
     folder = tmp_path_factory.mktemp("dense")
     source = write_source_model(folder / "source", pattern="M-M*-M-*", dtype="F32", vocab_size=1024)
@@ -91,7 +91,7 @@ def mtp_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     All its experts are used, so that rounding cannot choose between them.
     """
     from nanorun_converters.convert import ConvertOptions, convert
-    from tests.source_models import write_source_model
+    from tests.support.source_models import write_source_model
 
     folder = tmp_path_factory.mktemp("mtp")
     source = write_source_model(

@@ -12,7 +12,7 @@ import pytest
 
 from nanorun.cli import main
 from nanorun.model.engine_options import EngineOptions
-from tests.fakes import FakeClient, fake_shape
+from tests.support.fakes import FakeClient, fake_shape
 
 
 @dataclass

@@ -14,8 +14,8 @@ import pytest
 from nanorun.cli.commands.convert import parse_type_map
 from nanorun.errors import ExitCode, UsageError
 from nanorun.model.gguf import read_gguf
-from tests.hub_server import REPOSITORY, serve_hub
-from tests.source_models import Tensors, write_source_model
+from tests.support.hub_server import REPOSITORY, serve_hub
+from tests.support.source_models import Tensors, write_source_model
 
 KEYS = {
     "path", "bytes", "n_tensors", "n_params", "bpw", "recipe", "types", "padding", "seconds",

@@ -10,10 +10,10 @@ import pytest
 from nanorun.cli.app import invoke
 from nanorun.errors import ModelError, UsageError
 from nanorun.model.ggml_type import GgmlType
-from tests.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import TINY_LATENT_MTP, TINY_PUZZLE
-from tests.quantized_sources import nvfp4_modelopt, write_quantized_model
-from tests.source_models import write_source_model
+from tests.support.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
+from tests.support.quantized_sources import nvfp4_modelopt, write_quantized_model
+from tests.support.source_models import write_source_model
 
 ARCH = TINY_LATENT_MTP
 NANORUN_KEYS = {

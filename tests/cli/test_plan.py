@@ -16,10 +16,10 @@ from nanorun.model.tensor_roles import expected_tensors
 from nanorun.plan.memory_plan import plan_model
 from nanorun.plan.smaller import smaller_plans
 from nanorun_converters.opened.shape_file import write_shape
-from tests.builders import arch_tensors, gguf_metadata, write_gguf
 from tests.cli.conftest import Result
 from tests.model.known_archs import NANO, TINY_MOE
 from tests.plan.profiles import FOLDER, profile
+from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
 
 PARTS = ("weights", "kv", "state", "checkpoint", "compute", "output", "overhead")
 ON_4090 = ("--hardware", str(FOLDER / "rtx-4090.json"))

@@ -18,7 +18,7 @@ import pytest
 
 from nanorun.cli.app import COMMANDS
 
-FAKE = Path(__file__).parent.parent / "fake_nanorun.py"
+FAKE = Path(__file__).parents[1] / "support" / "fake_nanorun.py"
 HEAVY = ("numpy", "llama_cpp", "torch", "textual", "rich", "fastapi", "uvicorn", "jinja2")
 
 _IMPORTS = """

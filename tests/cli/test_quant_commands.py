@@ -11,7 +11,7 @@ import pytest
 
 from nanorun_quant.recipes import RECIPES
 from tests.cli.conftest import Result
-from tests.source_models import write_source_model
+from tests.support.source_models import write_source_model
 
 Run = Callable[..., Result]
 TEXT = "What is 47 + 86? " * 60

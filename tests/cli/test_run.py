@@ -17,7 +17,7 @@ from nanorun.model.chat import (
     ToolCall,
 )
 from tests.cli.conftest import FakeEngine, Result
-from tests.fakes import FakeClient, reply
+from tests.support.fakes import FakeClient, reply
 
 Run = Callable[..., Result]
 

@@ -7,7 +7,7 @@ import pytest
 
 from nanorun.errors import ModelError
 from tests.cli.conftest import FakeEngine, Result
-from tests.fakes import FakeClient
+from tests.support.fakes import FakeClient
 
 Run = Callable[..., Result]
 

@@ -13,10 +13,10 @@ from nanorun.cli.app import invoke
 from nanorun.cli.shapes import shapes_of_model
 from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.model.ggml_type import GgmlType
-from tests.builders import arch_tensors, gguf_metadata, write_gguf
-from tests.hub_server import REPOSITORY, FakeHub, serve_hub
 from tests.model.known_archs import TINY_MOE
 from tests.plan.profiles import FOLDER
+from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
+from tests.support.hub_server import REPOSITORY, FakeHub, serve_hub
 
 
 @pytest.fixture

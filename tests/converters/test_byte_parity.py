@@ -14,7 +14,7 @@ from nanorun_converters.convert import ConvertOptions, convert
 from nanorun_quant.ggml import NEED_IMATRIX, QUANTIZERS, USE_NO_IMATRIX
 from nanorun_quant.imatrix import Entry, Imatrix
 from nanorun_quant.imatrix_file import write_imatrix
-from tests.source_models import write_source_model
+from tests.support.source_models import write_source_model
 
 # enum llama_ftype whose default tensor type is the one wanted.
 FILE_TYPES = {

@@ -28,7 +28,7 @@ from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert
 from nanorun_converters.family.config import arch_from_config
 from nanorun_quant.ggml import QUANTIZERS
 from tests.converters.transformers_reference import engine_logits
-from tests.source_models import Tensors, write_source_model
+from tests.support.source_models import Tensors, write_source_model
 
 # Types whose blocks of 32 divide every row of the default source model.
 FITTING = [t for t in QUANTIZERS if t.block_size <= 32]

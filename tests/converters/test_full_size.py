@@ -16,7 +16,7 @@ import pytest
 from nanorun_converters.conversion_plan import plan_conversion
 from nanorun_converters.convert import ConvertOptions, convert
 from tests.converters.family.test_config import NANO_CONFIG, SUPER_CONFIG
-from tests.source_models import write_json, write_tokenizer
+from tests.support.source_models import write_json, write_tokenizer
 
 INDEX = "model.safetensors.index.json"
 GIB = 2**30

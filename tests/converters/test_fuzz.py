@@ -17,8 +17,8 @@ import pytest
 from nanorun.errors import NanorunError
 from nanorun.model.gguf import read_gguf
 from nanorun_converters.convert import ConvertOptions, convert
-from tests.quantized_sources import nvfp4_modelopt, write_quantized_model
-from tests.source_models import write_source_model
+from tests.support.quantized_sources import nvfp4_modelopt, write_quantized_model
+from tests.support.source_models import write_source_model
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"

@@ -16,7 +16,7 @@ from tests.converters.transformers_reference import (
     reference_logits,
     save_random_model,
 )
-from tests.source_models import write_tokenizer
+from tests.support.source_models import write_tokenizer
 
 N_VOCAB = 352
 COMMON = {"vocab_size": N_VOCAB, "conv_kernel": 4, "chunk_size": 64, "layer_norm_epsilon": 1e-5}

@@ -20,14 +20,14 @@ from tests.converters.source.test_encodings import KEPT, all_linear
 from tests.converters.test_byte_parity import FILE_TYPES
 from tests.converters.upstream import VARIABLE, convert_with_llama, llama_cpp_folder
 from tests.converters.upstream import quantize_with_llama as quantize
-from tests.quantized_sources import (
+from tests.support.quantized_sources import (
     FP8_CHANNEL,
     FP8_MODELOPT,
     nvfp4_compressed,
     nvfp4_modelopt,
     write_quantized_model,
 )
-from tests.source_models import write_source_model
+from tests.support.source_models import write_source_model
 
 ROOT = llama_cpp_folder()
 pytestmark = [

@@ -17,9 +17,9 @@ import uvicorn
 from nanorun.server.app import create_app
 from nanorun.server.listen import bind, serve, url_of
 from nanorun.server.settings import ServerSettings
-from tests.fakes import FakeClient
+from tests.support.fakes import FakeClient
 
-FAKE = Path(__file__).parent.parent / "fake_nanorun.py"
+FAKE = Path(__file__).parent.parent / "support" / "fake_nanorun.py"
 
 
 @dataclass

@@ -13,7 +13,7 @@ import pytest
 from nanorun.model.chat import GenerateOptions, Message, ThinkingDelta
 from nanorun.runtime.remote import RemoteEngine
 from tests.e2e.conftest import Live
-from tests.fakes import reply
+from tests.support.fakes import reply
 
 Start = Callable[..., Live]
 

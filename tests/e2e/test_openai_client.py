@@ -12,7 +12,7 @@ import pytest
 from nanorun.errors import ContextFull, EngineDied
 from nanorun.model.chat import PrefillProgress, TextDelta, ToolCall
 from tests.e2e.conftest import Live
-from tests.fakes import reply
+from tests.support.fakes import reply
 
 Start = Callable[..., Live]
 MESSAGES: Any = [{"role": "user", "content": "2+2?"}]

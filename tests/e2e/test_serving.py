@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import Live, ServeProcess, serving
-from tests.fakes import reply
+from tests.support.fakes import reply
 
 Start = Callable[..., Live]
 

@@ -10,7 +10,6 @@ import pytest
 from nanorun.errors import ModelError
 from nanorun.model.arch import HybridArch, LayerKind, arch_from_gguf, parse_pattern
 from nanorun.model.gguf import GgufFile, read_gguf
-from tests.builders import arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import (
     LIGHTNING,
     NANO,
@@ -22,6 +21,7 @@ from tests.model.known_archs import (
     TINY_MOE,
     TINY_PUZZLE,
 )
+from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
 
 ALL = [NANO, LIGHTNING, SUPER_TRUNK, SUPER, NANO_4B]
 TINY = [TINY_MOE, TINY_LATENT_MTP, TINY_PUZZLE, TINY_DENSE]

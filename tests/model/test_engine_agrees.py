@@ -13,8 +13,8 @@ from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role, expected_tensors, optional_tensors
 from nanorun.runtime.llama.binding import load_llama
-from tests.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import TINY_DENSE, TINY_LATENT_MTP, TINY_MOE, TINY_PUZZLE
+from tests.support.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
 
 ALL = [TINY_MOE, TINY_LATENT_MTP, TINY_PUZZLE, TINY_DENSE]
 

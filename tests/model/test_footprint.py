@@ -17,8 +17,8 @@ from nanorun.model.footprint import (
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import read_gguf
 from nanorun.model.tensor_roles import expected_tensors
-from tests.builders import arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import LIGHTNING, NANO, NANO_4B, SUPER, SUPER_TRUNK, TINY_MOE
+from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
 
 MIB = 2**20
 F16, Q8_0, Q4_0 = GgmlType.F16, GgmlType.Q8_0, GgmlType.Q4_0

@@ -14,7 +14,7 @@ import pytest
 from nanorun.errors import ModelError
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import MAX_ARRAY_ELEMENTS, MAX_STRING_BYTES, read_gguf
-from tests.builders import Raw, Tensor, gguf_string, write_gguf
+from tests.support.builders import Raw, Tensor, gguf_string, write_gguf
 
 F32, Q8_0, Q4_K = GgmlType.F32, GgmlType.Q8_0, GgmlType.Q4_K
 KV = {"general.architecture": "nemotron_h", "some.list": [1, 2, 3]}

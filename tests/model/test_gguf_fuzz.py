@@ -14,8 +14,8 @@ from nanorun.errors import ModelError
 from nanorun.model.arch import arch_from_gguf
 from nanorun.model.gguf import read_gguf
 from nanorun.model.tensor_roles import check_tensors
-from tests.builders import arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import TINY_LATENT_MTP
+from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
 
 EXTREMES = [0, 1, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**40, 2**62, 2**63, 2**64 - 1]
 

@@ -17,8 +17,8 @@ from nanorun.errors import ModelError
 from nanorun.model.arch import arch_from_gguf
 from nanorun.model.gguf import read_gguf, read_part
 from nanorun.model.tensor_roles import check_tensors
-from tests.builders import Raw, Tensor, arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import TINY_LATENT_MTP
+from tests.support.builders import Raw, Tensor, arch_tensors, gguf_metadata, write_gguf
 
 N_FILES = 3
 TENSORS = arch_tensors(TINY_LATENT_MTP)

@@ -17,7 +17,6 @@ from nanorun.model.tensor_roles import (
     optional_tensors,
     role_of,
 )
-from tests.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
 from tests.model.known_archs import (
     LIGHTNING,
     NANO,
@@ -28,6 +27,7 @@ from tests.model.known_archs import (
     TINY_MOE,
     TINY_PUZZLE,
 )
+from tests.support.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
 
 ALL = [NANO, LIGHTNING, SUPER, NANO_4B, TINY_MOE, TINY_LATENT_MTP, TINY_PUZZLE, TINY_DENSE]
 

@@ -20,8 +20,8 @@ from nanorun.model.tensor_roles import expected_tensors
 from nanorun.plan import remote as remote_module
 from nanorun.plan.remote import RemoteFile, parse_remote, read_remote_gguf
 from nanorun_converters.opened.shape_file import write_shape
-from tests.hub_server import REPOSITORY, TOKEN, FakeHub, serve_hub
 from tests.model.known_archs import TINY_MOE
+from tests.support.hub_server import REPOSITORY, TOKEN, FakeHub, serve_hub
 
 MIB = 2**20
 
@@ -173,7 +173,7 @@ def test_no_more_than_the_header_is_fetched(tmp_path: Path) -> None:
 
 
 def test_long_header_is_fetched_in_growing_ranges(tmp_path: Path, pico_gguf: Path) -> None:
-    from tests.builders import arch_tensors, gguf_metadata, write_gguf
+    from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
 
     metadata = gguf_metadata(TINY_MOE)
     metadata["tokenizer.ggml.merges"] = [f"{i} {'x' * 40}" for i in range(200_000)]
@@ -255,7 +255,7 @@ def test_endless_header_is_cut_off() -> None:
 
 
 def test_file_that_changes_in_between_is_an_error(tmp_path: Path) -> None:
-    from tests.builders import arch_tensors, gguf_metadata, write_gguf
+    from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
 
     metadata = gguf_metadata(TINY_MOE)
     metadata["tokenizer.ggml.merges"] = ["x" * 60] * 50_000

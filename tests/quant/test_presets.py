@@ -14,7 +14,7 @@ from nanorun_quant.presets import PRESETS
 from nanorun_quant.recipe import recipe_by_name
 from tests.converters.tensors.test_padding import WHOLE
 from tests.model.known_archs import NANO, SUPER
-from tests.source_models import write_source_model
+from tests.support.source_models import write_source_model
 
 # llama_ftype of llama.h.
 FTYPES = {"Q4_K_M": 15, "Q3_K_M": 12, "Q2_K": 10, "Q5_K_M": 17, "IQ4_XS": 30, "Q3_K_L": 13,

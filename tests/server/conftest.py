@@ -12,7 +12,7 @@ import pytest
 
 from nanorun.server.app import create_app
 from nanorun.server.settings import ServerSettings
-from tests.fakes import FakeClient
+from tests.support.fakes import FakeClient
 
 CHAT = "/v1/chat/completions"
 

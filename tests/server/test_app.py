@@ -6,8 +6,8 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from tests.fakes import MODEL_INFO
 from tests.server.conftest import CHAT, Endpoint, error_of
+from tests.support.fakes import MODEL_INFO
 
 Make = Callable[..., Endpoint]
 

@@ -16,8 +16,8 @@ from nanorun.model.chat import (
     ToolCall,
     ToolCallDelta,
 )
-from tests.fakes import FakeClient, reply
 from tests.server.conftest import CHAT, Endpoint, error_of
+from tests.support.fakes import FakeClient, reply
 
 Make = Callable[..., Endpoint]
 CALL = ToolCall("call_1", "add", {"a": 1, "b": "ü"})

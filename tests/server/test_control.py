@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from nanorun.model.chat import Finished, TextDelta
-from tests.fakes import reply
 from tests.server.conftest import CHAT, Endpoint, error_of
+from tests.support.fakes import reply
 
 Make = Callable[..., Endpoint]
 CONTROL = f"{CHAT}/control"

@@ -16,7 +16,7 @@ from nanorun.runtime.client import Client
 from nanorun.tui.app import NanorunApp
 from nanorun.tui.screens.chat import ChatScreen
 from nanorun.tui.widgets.turn import Turn
-from tests.fakes import FakeClient
+from tests.support.fakes import FakeClient
 
 _PATIENCE_S = 30.0
 _LOOK_EVERY_S = 0.01

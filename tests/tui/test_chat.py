@@ -15,7 +15,7 @@ from nanorun.model.chat import (
     Usage,
 )
 from nanorun.tui.widgets.thinking import Thinking
-from tests.fakes import FakeClient, Step, reply
+from tests.support.fakes import FakeClient, Step, reply
 from tests.tui.harness import SlowLoadingClient, chatting
 
 

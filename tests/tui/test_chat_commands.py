@@ -11,7 +11,7 @@ from nanorun.model.chat import Finished, GenerateOptions, PrefillProgress, TextD
 from nanorun.runtime.reply.dial import LEVELS
 from nanorun.tui.commands import COMMANDS, Command
 from nanorun.tui.screens.chat import ChatScreen
-from tests.fakes import FakeClient, Step, reply
+from tests.support.fakes import FakeClient, Step, reply
 from tests.tui.harness import SlowLoadingClient, chatting
 
 

@@ -11,7 +11,7 @@ import pytest
 from nanorun.errors import ContextFull, EngineDied, MemoryPlanError, ModelError, UsageError
 from nanorun.model.chat import Finished, PrefillProgress, TextDelta, ThinkingDelta
 from nanorun.tui.widgets.notice import ErrorPanel
-from tests.fakes import FakeClient, Step, reply
+from tests.support.fakes import FakeClient, Step, reply
 from tests.tui.harness import SlowLoadingClient, chatting
 
 DEATH = EngineDied("the engine's process was ended by SIGKILL", facts=["ggml [said] nothing"])

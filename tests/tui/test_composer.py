@@ -4,7 +4,7 @@ import asyncio
 
 from textual import events
 
-from tests.fakes import FakeClient
+from tests.support.fakes import FakeClient
 from tests.tui.harness import chatting
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nanorun.errors import EngineDied
-from tests.fakes import MODEL_INFO, FakeClient, reply
+from tests.support.fakes import MODEL_INFO, FakeClient, reply
 from tests.tui.harness import chatting
 
 GONE = EngineDied("http://spark:8000/v1/chat/completions cannot be reached: connection refused")

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from scripts.screenshot import draw
-from tests.fakes import FakeClient, reply
+from tests.support.fakes import FakeClient, reply
 
 
 async def test_screenshot_shows_questions_thinking_and_answers() -> None:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from nanorun.model.chat import Finished, TextDelta
-from tests.fakes import FakeClient, Step, reply
+from tests.support.fakes import FakeClient, Step, reply
 from tests.tui.harness import Chat, chatting
 
 CODE = "```python\n" + "".join(f"value_{i} = {i}  # [red]\n" for i in range(150)) + "```\n"

@@ -13,7 +13,7 @@ from nanorun.model.arch import HybridArch, LayerKind, parse_pattern
 from nanorun.model.tensor_roles import expected_tensors
 from nanorun_converters.family.config import arch_from_config
 from tests.model.known_archs import LIGHTNING, NANO, NANO_4B, SUPER, SUPER_TRUNK
-from tests.source_models import DEFAULT_SIZES, model_config
+from tests.support.source_models import DEFAULT_SIZES, model_config
 
 WHERE = "model/config.json"
 

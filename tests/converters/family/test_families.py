@@ -18,7 +18,7 @@ from nanorun_converters.family.config import arch_from_config
 from tests.converters.mtp_reference import add_random_head, engine_head_logits, head_logits
 from tests.converters.test_parity import COMMON, CONFIGS, N_VOCAB, check_parity
 from tests.converters.transformers_reference import engine_logits, mean_kl, save_random_model
-from tests.source_models import Tensors, write_json, write_source_model, write_tokenizer
+from tests.support.source_models import Tensors, write_json, write_source_model, write_tokenizer
 
 BLOCKS: list[dict[str, Any]] = [
     {},

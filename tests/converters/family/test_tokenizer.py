@@ -21,7 +21,7 @@ from nanorun_converters.family.tokenizer import (
     read_vocabulary,
 )
 from nanorun_converters.source.open import open_source
-from tests.source_models import (
+from tests.support.source_models import (
     TEKKEN_REGEX,
     pre_tokenizer,
     write_json,

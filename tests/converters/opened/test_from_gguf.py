@@ -11,10 +11,10 @@ from nanorun.model.arch import arch_from_gguf
 from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun.model.tensor_roles import check_tensors
 from nanorun_converters.convert import ConvertOptions, convert
-from tests.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
 from tests.converters.transformers_reference import engine_logits
 from tests.model.known_archs import TINY_DENSE, TINY_LATENT_MTP, TINY_MOE
-from tests.source_models import write_source_model
+from tests.support.builders import Tensor, arch_tensors, gguf_metadata, write_gguf
+from tests.support.source_models import write_source_model
 
 
 def converted(source: Path, out: Path, **options: object) -> GgufFile:

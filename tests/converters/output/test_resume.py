@@ -22,7 +22,7 @@ from nanorun_converters.convert import ConvertOptions, ConvertProgress, ConvertR
 from nanorun_converters.output.files import files as output_module
 from nanorun_converters.output.files import journal as journal_module
 from nanorun_quant.imatrix import Imatrix
-from tests.source_models import write_json, write_source_model
+from tests.support.source_models import write_json, write_source_model
 
 # Notes every piece, and is slow, so that a kill finds it somewhere in the middle.
 SLOW = """

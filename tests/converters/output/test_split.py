@@ -12,7 +12,7 @@ from nanorun.model.gguf import read_gguf, read_part
 from nanorun_converters.convert import ConvertOptions, convert
 from nanorun_converters.output.gguf_header import split_paths
 from tests.converters.transformers_reference import engine_logits
-from tests.source_models import write_source_model
+from tests.support.source_models import write_source_model
 
 TOKENS = list(range(32, 64))
 

@@ -19,7 +19,7 @@ from nanorun_converters.source.encodings import FP8_VALUES
 from nanorun_quant.ggml import load_ggml
 from tests.converters.mtp_reference import engine_head_logits
 from tests.converters.transformers_reference import engine_logits, mean_kl
-from tests.quantized_sources import (
+from tests.support.quantized_sources import (
     FP8_BLOCK,
     FP8_CHANNEL,
     FP8_MODELOPT,
@@ -30,7 +30,7 @@ from tests.quantized_sources import (
     nvfp4_modelopt,
     write_quantized_model,
 )
-from tests.source_models import write_source_model
+from tests.support.source_models import write_source_model
 
 # Rows of 64, so that NVFP4's blocks fit, and more than 128, so that FP8's do not come out even.
 SIZES: dict[str, Any] = {

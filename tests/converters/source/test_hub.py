@@ -24,9 +24,9 @@ from nanorun_converters.source.hub import HubClient, HubFiles, parse_repository
 from nanorun_converters.source.open import hub as hub_module
 from nanorun_converters.source.range_cache import BLOCK_BYTES
 from nanorun_converters.source.source_model import SourceUnreachableError
-from tests.hub_server import COMMIT, REPOSITORY, TOKEN, FakeHub, serve_hub
-from tests.quantized_sources import nvfp4_modelopt, write_quantized_model
-from tests.source_models import write_source_model
+from tests.support.hub_server import COMMIT, REPOSITORY, TOKEN, FakeHub, serve_hub
+from tests.support.quantized_sources import nvfp4_modelopt, write_quantized_model
+from tests.support.source_models import write_source_model
 
 
 @pytest.fixture

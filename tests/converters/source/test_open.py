@@ -13,7 +13,7 @@ import pytest
 from nanorun.errors import ModelError
 from nanorun_converters.source.open import open_files, open_source
 from nanorun_converters.source.source_model import LocalFiles, decode
-from tests.source_models import encode, write_json, write_source_model
+from tests.support.source_models import encode, write_json, write_source_model
 
 INDEX = "model.safetensors.index.json"
 

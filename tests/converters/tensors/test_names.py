@@ -13,7 +13,7 @@ from nanorun.model.tensor_roles import Role
 from nanorun_converters.family.config import arch_from_config
 from nanorun_converters.source.open import open_source
 from nanorun_converters.tensors.names import TensorPlan, pieces_of, plan_tensors
-from tests.source_models import Tensors, write_json, write_source_model, write_weights
+from tests.support.source_models import Tensors, write_json, write_source_model, write_weights
 
 
 def plans_of(folder: Path) -> dict[str, TensorPlan]:

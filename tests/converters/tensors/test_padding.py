@@ -20,7 +20,7 @@ from nanorun_quant.padding import pad_arch, padding_of, paddings
 from tests.converters.mtp_reference import engine_head_logits
 from tests.converters.transformers_reference import engine_logits, mean_kl
 from tests.model.known_archs import LIGHTNING, NANO, NANO_4B, SUPER, TINY_PUZZLE
-from tests.source_models import write_source_model
+from tests.support.source_models import write_source_model
 
 PUZZLE_BLOCKS: list[dict[str, Any]] = [
     {},

@@ -15,7 +15,7 @@ from nanorun.runtime.measure.imatrix import collect_here, collect_imatrix
 from nanorun.runtime.measure.perplexity import Source
 from nanorun_converters.convert import ConvertOptions, convert
 from nanorun_quant.imatrix_file import read_imatrix
-from tests.source_models import write_source_model
+from tests.support.source_models import write_source_model
 
 TEXT = "What is 47 + 86? " * 60
 OPTIONS = EngineOptions(n_threads=1)

@@ -1,4 +1,4 @@
-"""The whole command line over a fake client, as a process: python tests/fake_nanorun.py CASE ARGS.
+"""The whole command line over a fake client, as a process: python fake_nanorun.py CASE ARGS.
 
 For what only a process shows: signals, pipes, terminals, exit codes.
 """
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from nanorun.cli import main
 from nanorun.model.chat import PrefillProgress, ThinkingDelta
-from tests.fakes import FakeClient, FakeGeneration, fake_shape, reply
+from tests.support.fakes import FakeClient, FakeGeneration, fake_shape, reply
 
 
 class StubbornGeneration(FakeGeneration):

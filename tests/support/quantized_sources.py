@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.source_models import encode, write_json, write_safetensors, write_source_model
+from tests.support.source_models import encode, write_json, write_safetensors, write_source_model
 
 Stored = dict[str, tuple[str, tuple[int, ...], bytes]]
 Quantizer = Callable[[str, np.ndarray, np.random.Generator], tuple[Stored, np.ndarray]]
