@@ -30,7 +30,7 @@ async def become(holds: Callable[[], Any]) -> None:
 
 @contextmanager
 def little_work(cpu_s: float) -> Iterator[None]:
-    """Hold the body to some seconds of this process's CPU time, which other processes do not cost."""
+    """Hold the body to some seconds of CPU time of this process, whatever else runs."""
     started = time.process_time()
     yield
     spent = time.process_time() - started
