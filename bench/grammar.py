@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nanorun.model.chat import Finished, GenerateOptions, Grammar, Message
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
 
 SCHEMA = {
@@ -36,7 +37,11 @@ SCHEMA = {
 async def speed(client: EngineClient, grammar: Grammar | None, n_tokens: int) -> float:
     """Tokens a second of one reply, after its first token."""
     options = GenerateOptions(
-        think="off", temperature=0, max_tokens=n_tokens, grammar=grammar, ignore_eos=True
+        think=OFF,
+        temperature=0,
+        max_tokens=n_tokens,
+        grammar=grammar,
+        ignore_eos=True,
     )
     async for event in client.generate([Message("user", "List some people.")], options):
         if isinstance(event, Finished):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from nanorun.model.chat import GenerateOptions, Message, TextDelta
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import Think
 from nanorun.runtime.client import EngineClient
 from nanorun.runtime.measure.imatrix import collect_imatrix
 from nanorun_converters.convert import ConvertOptions, convert
@@ -40,7 +41,7 @@ BEGIN, END = "<!-- bench/pico.py -->", "<!-- /bench/pico.py -->"
 
 async def answer(client: EngineClient, a: int, b: int, think: str) -> str:
     """Pico's answer to one addition, greedy."""
-    options = GenerateOptions(think=think, temperature=0.0, max_tokens=200)
+    options = GenerateOptions(think=Think.parse(think), temperature=0.0, max_tokens=200)
     text = ""
     async for event in client.generate([Message("user", f"What is {a} + {b}?")], options):
         if isinstance(event, TextDelta):

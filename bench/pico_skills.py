@@ -20,6 +20,7 @@ from typing import Any
 from nanorun.library import resolve_model
 from nanorun.model.chat import GenerateOptions, Message, TextDelta, ToolCall, ToolCallDelta
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import Think
 from nanorun.runtime.client import EngineClient
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
@@ -88,7 +89,9 @@ SKILLS: dict[str, Callable[[random.Random], Problem]] = {
 
 async def solve(client: EngineClient, problem: Problem, think: str) -> bool:
     """Whether the reply is the right one."""
-    options = GenerateOptions(think=think, temperature=0, tools=problem.tools, max_tokens=200)
+    options = GenerateOptions(
+        think=Think.parse(think), temperature=0, tools=problem.tools, max_tokens=200
+    )
     text, calls = "", []
     async for event in client.generate(problem.messages, options):
         if isinstance(event, TextDelta):

@@ -18,8 +18,8 @@ from pathlib import Path
 from nanorun.library import resolve_model
 from nanorun.model.chat import Finished, GenerateOptions, Message, TextDelta
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import Think, grace_tokens
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.reply.dial import grace_tokens
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 from pico_tasks import addition_pair
@@ -45,7 +45,7 @@ async def measure(client: EngineClient, budget: int, n: int) -> Point:
     pairs = [addition_pair(rng, held_out=True) for _ in range(n)]
 
     async def one(a: int, b: int) -> tuple[str, Finished]:
-        options = GenerateOptions(think=budget, temperature=0.0, max_tokens=400)
+        options = GenerateOptions(think=Think.parse(budget), temperature=0.0, max_tokens=400)
         text = ""
         async for event in client.generate([Message("user", f"What is {a} + {b}?")], options):
             if isinstance(event, TextDelta):

@@ -24,9 +24,10 @@ from nanorun.model.chat import (
     Usage,
 )
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
 
-OPTIONS = GenerateOptions(think="off", temperature=0, max_tokens=64)
+OPTIONS = GenerateOptions(think=OFF, temperature=0, max_tokens=64)
 SENTENCE = "The sky is blue. Water is wet. Birds can fly. "
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from nanorun.runtime.llama.binding import load_llama
-from nanorun.runtime.sampling.sampler import Sampler, SamplingSettings
+from nanorun.runtime.sampling.sampler import Sampler
+from nanorun.runtime.sampling.settings import SamplingSettings
 
 N_VOCAB, N_ROUNDS = 131_072, 200
 CASES = {
@@ -30,17 +31,12 @@ CASES = {
 }
 
 
-class Logits:
-    """Stands for a context whose logits are given."""
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(0)
-        self.values = rng.normal(0, 2, N_VOCAB).astype(np.float32)
-        self.values[rng.choice(N_VOCAB, 300)] += 8
-
-    def logits(self, _index: int) -> np.ndarray:
-        """The logits."""
-        return self.values
+def made_up_logits() -> np.ndarray:
+    """Logits `(N_VOCAB,)` with a few hundred likely tokens."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 2, N_VOCAB).astype(np.float32)
+    values[rng.choice(N_VOCAB, 300)] += 8
+    return values
 
 
 class Chain:
@@ -87,15 +83,15 @@ def timed(act: Callable[[], object]) -> float:
 
 def main() -> None:
     """Print a row a case."""
-    context = Logits()
+    logits = made_up_logits()
     print("| settings | nanorun µs | llama.cpp's chain µs | ratio |")
     print("|---|---|---|---|")
     for name, settings in CASES.items():
         ours, theirs = Sampler(settings, N_VOCAB), Chain(settings)
         pairs = [
             (
-                timed(lambda: ours.sample(context, 0)),  # type: ignore[arg-type]  # noqa: B023
-                timed(lambda: theirs.sample(context.values)),  # noqa: B023
+                timed(lambda: ours.sample(logits)),  # noqa: B023
+                timed(lambda: theirs.sample(logits)),  # noqa: B023
             )
             for _ in range(N_ROUNDS)
         ]

@@ -18,6 +18,7 @@ from pathlib import Path
 from nanorun.library import resolve_model
 from nanorun.model.chat import GenerateOptions, Message, TextDelta
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
 
 
@@ -42,7 +43,7 @@ async def run(model: Path, n_seeds: int, n_tokens: int) -> None:
             alone_equal, among_equal, common = 0, 0, n_tokens * 10
             for seed in range(n_seeds):
                 options = GenerateOptions(
-                    think="off", temperature=temperature, seed=seed, max_tokens=n_tokens,
+                    think=OFF, temperature=temperature, seed=seed, max_tokens=n_tokens,
                     ignore_eos=True,
                 )  # fmt: skip
                 question = f"Tell me about {seed}."

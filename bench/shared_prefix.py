@@ -18,6 +18,7 @@ from servers import Reply, Server, nanorun_server, peer_server
 
 from nanorun.model.chat import GenerateOptions, Message
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
 
 N_REQUESTS = 8
@@ -42,7 +43,7 @@ def burst(server: Server) -> tuple[float, list[Reply]]:
 async def cells_used(model: Path, n_ctx: int) -> tuple[int, int]:
     """KV cells that the same requests leave in use, and the tokens of the prefix."""
     client = EngineClient(model, EngineOptions(n_ctx=n_ctx, n_parallel=N_REQUESTS))
-    options = GenerateOptions(think="off", max_tokens=1)
+    options = GenerateOptions(think=OFF, max_tokens=1)
 
     async def ask(text: str) -> None:
         async for _ in client.generate([Message("user", text)], options):

@@ -22,6 +22,7 @@ import psutil
 from nanorun.library import resolve_model
 from nanorun.model.chat import Finished, GenerateOptions, Message, TextDelta, ThinkingDelta
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import Think
 from nanorun.runtime.client import EngineClient
 
 
@@ -39,7 +40,10 @@ class Reply:
 async def ask(client: EngineClient, question: str, args: argparse.Namespace) -> Reply:
     """One greedy reply."""
     options = GenerateOptions(
-        think=args.think, temperature=0, max_tokens=args.tokens, ignore_eos=args.ignore_eos
+        think=Think.parse(args.think),
+        temperature=0,
+        max_tokens=args.tokens,
+        ignore_eos=args.ignore_eos,
     )
     text = ""
     async for event in client.generate([Message("user", question)], options):

@@ -24,12 +24,13 @@ import psutil
 from nanorun.chat.parser import ReplyParser
 from nanorun.model.chat import Finished, GenerateOptions, Message
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
 from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.request import Request, build_dial
 from nanorun.runtime.llama.context import Context, Row
 from nanorun.runtime.llama.loaded_model import LoadedModel
-from nanorun.runtime.sampling.sampler import SamplingSettings
+from nanorun.runtime.sampling.settings import SamplingSettings
 
 PROMPT = "What is 47 + 86?"
 _ids = count()
@@ -111,7 +112,7 @@ def in_process(engine: TimedEngine, prompts: list[list[int]], n_tokens: int) -> 
 
 async def in_child(client: EngineClient, n_streams: int, n_tokens: int) -> Speed:
     """The engine in its process, its events read here; from the first token to the last."""
-    options = GenerateOptions(think="off", temperature=0, max_tokens=n_tokens + 1, ignore_eos=True)
+    options = GenerateOptions(think=OFF, temperature=0, max_tokens=n_tokens + 1, ignore_eos=True)
 
     async def one(i: int) -> tuple[float, float]:
         """When the second token came, and when the last."""

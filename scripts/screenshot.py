@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanorun.model.chat import GenerateOptions
+from nanorun.model.think import HIGH
 from nanorun.tui.app import NanorunApp
 from nanorun.tui.screens.chat import ChatScreen
 
@@ -25,7 +26,7 @@ _LOOK_EVERY_S = 0.05
 
 async def draw(client: Client, model_name: str, questions: list[str]) -> str:
     """The chat as SVG after it has answered; the first thinking is unfolded."""
-    options = GenerateOptions(think="high", temperature=0.0)
+    options = GenerateOptions(think=HIGH, temperature=0.0)
     app = NanorunApp(client, model_name=model_name, options=options)
     async with app.run_test(size=SIZE) as pilot, asyncio.timeout(PATIENCE_S):
         screen = app.screen

@@ -15,13 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from nanorun.chat.call_parsing import ParsedCall
+from nanorun.chat.markup import CALL, END_CALL, END_THINK, THINK
 from nanorun.chat.phrases import PhraseMatcher
-from nanorun.chat.tool_calls import CALL, END_CALL, ToolCallReader
+from nanorun.chat.tool_calls import ToolCallReader
 from nanorun.chat.tool_values import ToolSet
 from nanorun.model.chat import Event, TextDelta, ThinkingDelta, ToolCall, ToolCallDelta
 
-THINK = "<think>"
-END_THINK = "</think>"
 _TAGS = frozenset({THINK, END_THINK, CALL, END_CALL})
 _NEWLINES = re.compile(r"\n*")
 _BLANK = re.compile(r"\s*")

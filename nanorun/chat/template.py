@@ -20,6 +20,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
+from nanorun.chat.markup import END_THINK, THINK
 from nanorun.chat.prompt import Boundary, BoundaryKind, RenderedPrompt, Segment
 from nanorun.chat.sandbox import BoundedEnvironment, TemplateRefusal, allowance_for
 from nanorun.errors import ModelError, NanorunError, UsageError
@@ -296,7 +297,7 @@ def message_dict(message: Message) -> dict[str, Any]:
 
 def _inline_thinking(content: str) -> tuple[str | None, str]:
     """Thinking that a client left in an assistant's text, and the text without it."""
-    match = re.match(r"\s*<think>(.*?)</think>(.*)", content, re.DOTALL)
+    match = re.match(rf"\s*{THINK}(.*?){END_THINK}(.*)", content, re.DOTALL)
     return (match[1].strip("\n"), match[2].lstrip("\n")) if match else (None, content)
 
 

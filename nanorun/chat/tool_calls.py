@@ -20,11 +20,10 @@ from nanorun.chat.call_parsing import (
     calls_from_json,
     join_parts,
 )
+from nanorun.chat.markup import CALL, END_CALL
 from nanorun.chat.phrases import PhraseMatcher
 from nanorun.chat.tool_values import ToolSet
 
-CALL = "<tool_call>"
-END_CALL = "</tool_call>"
 _TAGS = (CALL, END_CALL, "<function", "</function>", "<parameter", "</parameter")
 _TAGS_AFTER = (CALL, END_CALL, "<function", "</function>", "</parameter>")
 _BLANK = re.compile(r"\s*")

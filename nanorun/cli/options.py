@@ -68,19 +68,6 @@ DEFAULT_MODEL = "pico"
 DEFAULT_N_CTX = 8192
 
 
-def think_depth(text: str) -> str | int:
-    """The depth that `--think` names, checked before a model is loaded for it.
-
-    Raises:
-        UsageError: If it is neither a level nor a number of tokens.
-    """
-    from nanorun.runtime.reply.dial import parse_think
-
-    parse_think(text)
-    depth = text.strip().lower()
-    return int(depth) if depth.isdigit() else depth
-
-
 def check_text(text: str, name: str) -> str:
     """The text, if it is one.
 

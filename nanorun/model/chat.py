@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from nanorun.model.sampling import SamplingFields
+from nanorun.model.think import MEDIUM, Think
+
 Role = Literal["system", "user", "assistant", "tool"]
 Priority = Literal["interactive", "background"]
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
@@ -47,34 +50,12 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True)
-class GenerateOptions:
+class GenerateOptions(SamplingFields):
     """How to answer. None means the model family's own default for the mode."""
 
-    think: str | int = "medium"
-    """`off`, `low`, `medium`, `high`, `max`, or a budget of thinking tokens."""
+    think: Think = MEDIUM
     max_tokens: int | None = None
     """Most tokens of the reply, thinking included; None for what the context still holds."""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    repetition_penalty: float | None = None
-    """Divides the logits of tokens that the reply has used lately; 1 changes nothing."""
-    frequency_penalty: float | None = None
-    """Lowers them by this much for every time they were used."""
-    presence_penalty: float | None = None
-    """Lowers them by this much once."""
-    penalty_last_n: int | None = None
-    """Tokens that the penalties look back on; None for 64, -1 for the whole reply."""
-    dry_multiplier: float | None = None
-    """Strength of DRY, which punishes repeating sequences; 0 and None switch it off."""
-    dry_base: float | None = None
-    dry_allowed_length: int | None = None
-    logprobs: int | None = None
-    """Report each token's log-probability and those of that many alternatives."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """Tokens made likelier or, at -100, impossible; forced tokens of the reasoning dial are not."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it. Thinking is not searched."""
     tools: tuple[dict[str, Any], ...] = ()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from nanorun.model.chat import GenerateOptions, Grammar, Message
+from nanorun.model.think import HIGH, LOW, MAX, MEDIUM, OFF, Think
 from nanorun.server.errors import ApiError
 from nanorun.server.schema_formats import ResponseFormat, StructuredOutputs
 from nanorun.server.schema_messages import (
@@ -23,14 +24,14 @@ from nanorun.server.schema_messages import (
     ToolIn,
 )
 
-EFFORTS: dict[str, str | int] = {
-    "none": "off",
-    "minimal": 128,
-    "low": "low",
-    "medium": "medium",
-    "high": "high",
-    "xhigh": 32768,
-    "max": "max",
+EFFORTS = {
+    "none": OFF,
+    "minimal": Think(128),
+    "low": LOW,
+    "medium": MEDIUM,
+    "high": HIGH,
+    "xhigh": Think(32768),
+    "max": MAX,
 }
 """OpenAI's `reasoning_effort` as reasoning depth; two of its steps are none of the dial's."""
 
@@ -141,7 +142,7 @@ class ChatRequest(BaseModel):
         """The conversation as the engine takes it."""
         return [message.to_message() for message in self.messages]
 
-    def to_options(self, *, default_think: str | int) -> GenerateOptions:
+    def to_options(self, *, default_think: Think) -> GenerateOptions:
         """The settings as the engine takes them."""
         must_call = self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
         return GenerateOptions(
@@ -196,14 +197,14 @@ class ChatRequest(BaseModel):
         template = self.chat_template_kwargs
         return template is not None and template.truncate_history_thinking is False
 
-    def _think(self, default: str | int) -> str | int:
+    def _think(self, default: Think) -> Think:
         """The depth: a budget says it most exactly, then the effort, then the template's switch."""
         if self.reasoning_budget is not None:
-            return "max" if self.reasoning_budget < 0 else self.reasoning_budget
+            return MAX if self.reasoning_budget < 0 else Think(self.reasoning_budget)
         if self.reasoning_effort is not None:
             return EFFORTS[self.reasoning_effort]
         if self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking is False:
-            return "off"
+            return OFF
         return default
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from nanorun.model.think import MEDIUM, Think
+
 MIB = 2**20
 
 
@@ -26,7 +28,7 @@ class ServerSettings:
     """Silence after which a stream carries a comment; proxies give up after 30 to 60 seconds."""
     drain_s: float = 30.0
     """How long answers may go on after SIGTERM."""
-    think: str | int = "medium"
+    think: Think = MEDIUM
     """Reasoning depth of requests that name none."""
 
     @property

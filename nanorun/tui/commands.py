@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from textual.binding import Binding
 
-from nanorun.runtime.reply.dial import LEVELS
+from nanorun.model.think import LEVELS
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from nanorun.model.chat import (
     ThinkingDelta,
     ToolCall,
 )
+from nanorun.model.think import Think
 from tests.cli.conftest import FakeEngine, Result
 from tests.support.fakes import FakeClient, reply
 
@@ -40,7 +41,7 @@ def test_run_passes_its_flags_on(nanorun: Run, engine: FakeEngine) -> None:
     flags = "--think 100 --max-tokens 9 --temp 0.5 --top-p 0.9 --seed 3 --n-ctx 4k --system short"
     assert nanorun("run", "pico", "x", *flags.split()).code == 0
     options = engine.client.last.options
-    assert (options.think, options.max_tokens, options.temperature) == (100, 9, 0.5)
+    assert (options.think, options.max_tokens, options.temperature) == (Think(100), 9, 0.5)
     assert (options.top_p, options.seed) == (0.9, 3)
     assert engine.client.last.messages == (Message("system", "short"), Message("user", "x"))
     assert engine.options is not None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from nanorun.model.chat import GenerateOptions, Message, ThinkingDelta
+from nanorun.model.think import Think
 from nanorun.runtime.remote import RemoteEngine
 from tests.e2e.conftest import Live
 from tests.support.fakes import reply
@@ -38,7 +39,7 @@ def test_run_asks_the_endpoint_and_loads_no_engine(live: Start) -> None:
         "prompt_tokens": 7, "cached_tokens": 3, "thinking_tokens": 3, "completion_tokens": 6,
         "drafted_tokens": 0, "accepted_tokens": 0,
     }  # fmt: skip
-    assert endpoint.client.last.options.think == 77
+    assert endpoint.client.last.options.think == Think(77)
 
 
 @pytest.mark.parametrize(

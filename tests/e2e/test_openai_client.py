@@ -11,6 +11,7 @@ import pytest
 
 from nanorun.errors import ContextFull, EngineDied
 from nanorun.model.chat import PrefillProgress, TextDelta, ToolCall
+from nanorun.model.think import HIGH
 from tests.e2e.conftest import Live
 from tests.support.fakes import reply
 
@@ -38,7 +39,7 @@ def test_client_gets_a_completion(live: Start) -> None:
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens == 13
     assert usage.prompt_tokens_details.cached_tokens == 3
     assert usage.completion_tokens_details.reasoning_tokens == 3
-    assert endpoint.client.last.options.think == "high"
+    assert endpoint.client.last.options.think == HIGH
 
 
 def test_client_streams_reasoning_content_and_usage(live: Start) -> None:

@@ -19,7 +19,8 @@ from nanorun.runtime.engine.request import Request, build_dial
 from nanorun.runtime.llama.context import Context, Row
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.sampling.draw import Ids
-from nanorun.runtime.sampling.sampler import Choice, Sampler, SamplingSettings
+from nanorun.runtime.sampling.sampler import Choice, Sampler
+from nanorun.runtime.sampling.settings import SamplingSettings
 
 SMALL = EngineOptions(
     n_ctx=512,

@@ -11,8 +11,8 @@ import pytest
 
 from nanorun.model.chat import Finished, GenerateOptions, Message, TextDelta, ThinkingDelta
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import MAX, Think, grace_tokens
 from nanorun.runtime.client import EngineClient
-from nanorun.runtime.reply.dial import grace_tokens
 
 QUESTIONS = ["What is {a} + {b}?", "{a} - {b}", "Hello", "Who are you?", "Reply in JSON: name fox"]
 
@@ -51,7 +51,10 @@ async def check_budgets(client: EngineClient, n: int) -> None:
         question = rng.choice(QUESTIONS).format(a=rng.randint(0, 9999), b=rng.randint(0, 999))
         # A hot temperature rambles on, past any budget.
         options = GenerateOptions(
-            think=budget, temperature=rng.choice([0.0, 1.0, 3.0]), seed=seed, max_tokens=600
+            think=Think.parse(budget),
+            temperature=rng.choice([0.0, 1.0, 3.0]),
+            seed=seed,
+            max_tokens=600,
         )
         thinking, answer, finished, _ = await reply(client, question, options, None)
         used = finished.usage.thinking_tokens
@@ -74,7 +77,7 @@ async def test_two_hundred_budgets_are_kept(client: EngineClient) -> None:
 async def test_thinking_that_was_ended_does_not_begin_anew(client: EngineClient) -> None:
     (opening,) = await client.tokenize("<think>", special=True)
     options = GenerateOptions(
-        think=5, temperature=0.0, max_tokens=600, logit_bias=((opening, 100.0),)
+        think=Think(5), temperature=0.0, max_tokens=600, logit_bias=((opening, 100.0),)
     )
     _, answer, finished, _ = await reply(client, "What is 47 + 86?", options, None)
     assert finished.usage.thinking_tokens <= 5 + grace_tokens(5)
@@ -87,7 +90,9 @@ async def test_thinking_leaves_room_for_an_answer_in_the_context(pico_gguf: Path
         # Without its closing tags and its end, a reply thinks for ever.
         ends = await client.tokenize("</think></s><|im_end|><tool_call>", special=True)
         options = GenerateOptions(
-            think="max", temperature=0.0, logit_bias=tuple((token, -100.0) for token in ends)
+            think=MAX,
+            temperature=0.0,
+            logit_bias=tuple((token, -100.0) for token in ends),
         )
         thinking, answer, _, _ = await reply(client, "4785 + 697", options, None)
         assert thinking and answer.strip()
@@ -99,7 +104,7 @@ async def test_answer_now_ends_the_thinking_within_a_line_or_grace(client: Engin
     # Banning `</think>` makes pico think for ever.
     (close,) = await client.tokenize("</think>", special=True)
     options = GenerateOptions(
-        think="max", temperature=0.0, max_tokens=2000, logit_bias=((close, -100.0),)
+        think=MAX, temperature=0.0, max_tokens=2000, logit_bias=((close, -100.0),)
     )
     for after in (1, 10, 40):
         thinking, answer, finished, said_at = await reply(client, "4785 + 697", options, after)

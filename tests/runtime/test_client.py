@@ -37,13 +37,14 @@ from nanorun.model.chat import (
     TokenLogprobs,
 )
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import MAX, OFF, Think
 from nanorun.runtime.client import EngineClient, EngineGeneration
 from nanorun.runtime.process import child as child_module
 from nanorun.runtime.process import oom
 
 SUM = [Message("user", "What is 4785 + 697?")]
 OPTIONS = EngineOptions(n_ctx=2048, n_threads=1)
-ENDLESS = GenerateOptions(think="off", ignore_eos=True)
+ENDLESS = GenerateOptions(think=OFF, ignore_eos=True)
 
 
 @pytest.fixture
@@ -84,21 +85,21 @@ async def test_reply_has_thinking_answer_and_usage(client: EngineClient) -> None
 
 
 async def test_thinking_off_answers_at_once(client: EngineClient) -> None:
-    thinking, answer, finished = await collect(client.generate(SUM, GenerateOptions(think="off")))
+    thinking, answer, finished = await collect(client.generate(SUM, GenerateOptions(think=OFF)))
     assert thinking == ""
     assert answer.isdigit()
     assert finished.usage.thinking_tokens == 0
 
 
 async def test_budget_limits_the_thinking_and_an_answer_follows(client: EngineClient) -> None:
-    options = GenerateOptions(think=4)
+    options = GenerateOptions(think=Think(4))
     thinking, answer, finished = await collect(client.generate(SUM, options))
     assert finished.usage.thinking_tokens <= 4 + 32
     assert thinking and answer
 
 
 async def test_max_tokens_leaves_room_for_an_answer(client: EngineClient) -> None:
-    options = GenerateOptions(think="max", max_tokens=24)
+    options = GenerateOptions(think=MAX, max_tokens=24)
     _, answer, finished = await collect(client.generate(SUM, options))
     assert finished.usage.completion_tokens <= 24
     assert answer
@@ -133,7 +134,7 @@ async def test_leaving_the_iteration_frees_the_engine(client: EngineClient) -> N
 
 
 async def test_finish_thinking_makes_it_answer(client: EngineClient) -> None:
-    generation = client.generate(SUM, GenerateOptions(think="max", max_tokens=400, ignore_eos=True))
+    generation = client.generate(SUM, GenerateOptions(think=MAX, max_tokens=400, ignore_eos=True))
     await until(generation, ThinkingDelta)
     await generation.finish_thinking()
     _, answer, finished = await collect(generation)
@@ -183,7 +184,7 @@ async def test_second_turn_reads_only_what_is_new_whether_thinking_comes_back_or
 async def test_second_turn_reads_only_what_is_new_although_others_were_answered(
     client: EngineClient,
 ) -> None:
-    long = GenerateOptions(think="off", max_tokens=300, ignore_eos=True)
+    long = GenerateOptions(think=OFF, max_tokens=300, ignore_eos=True)
     other = client.generate([Message("user", "Hello")], long)
     await until(other, TextDelta)
     thinking, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
@@ -199,14 +200,14 @@ async def test_second_turn_reads_only_what_is_new_although_others_were_answered(
 
 async def test_stop_string_ends_the_answer(client: EngineClient) -> None:
     _, answer, finished = await collect(
-        client.generate([Message("user", "Hello")], GenerateOptions(think="off", stop=("Give",)))
+        client.generate([Message("user", "Hello")], GenerateOptions(think=OFF, stop=("Give",)))
     )
     assert answer.rstrip() == "Hello!"
     assert (finished.reason, finished.stop_text) == ("stop", "Give")
 
 
 async def test_same_seed_gives_the_same_text(client: EngineClient) -> None:
-    options = GenerateOptions(think="off", temperature=3.0, seed=7, max_tokens=40, ignore_eos=True)
+    options = GenerateOptions(think=OFF, temperature=3.0, seed=7, max_tokens=40, ignore_eos=True)
     first, second = [await collect(client.generate(SUM, options)) for _ in range(2)]
     assert first[1] == second[1]
     third = await collect(client.generate(SUM, GenerateOptions(**{**_fields(options), "seed": 8})))
@@ -230,11 +231,7 @@ async def test_prompt_too_long_is_refused_with_its_size(client: EngineClient) ->
 
 
 async def test_senseless_options_are_refused(client: EngineClient) -> None:
-    for options in (
-        GenerateOptions(think="hard"),
-        GenerateOptions(temperature=-1.0),
-        GenerateOptions(max_tokens=0),
-    ):
+    for options in (GenerateOptions(temperature=-1.0), GenerateOptions(max_tokens=0)):
         with pytest.raises(UsageError):
             await collect(client.generate(SUM, options))
 
@@ -605,7 +602,7 @@ async def test_idle_model_is_unloaded_and_comes_back_with_its_state(
 
 async def test_model_stays_loaded_while_a_reply_runs(pico_gguf: Path) -> None:
     client = EngineClient(pico_gguf, OPTIONS, keep_alive_s=0.05)
-    options = GenerateOptions(think="off", ignore_eos=True, max_tokens=400)
+    options = GenerateOptions(think=OFF, ignore_eos=True, max_tokens=400)
     _, _, finished = await collect(client.generate(SUM, options))
     assert finished.usage.completion_tokens == 400
     await client.close()
@@ -663,12 +660,15 @@ def test_child_does_not_outlive_a_killed_parent(pico_gguf: Path) -> None:
 async def test_logit_bias_forbids_and_forces(client: EngineClient, temperature: float) -> None:
     (seven,) = await client.tokenize("7")
     options = GenerateOptions(
-        think="off", temperature=temperature, logit_bias=((seven, 100.0),), max_tokens=5
+        think=OFF,
+        temperature=temperature,
+        logit_bias=((seven, 100.0),),
+        max_tokens=5,
     )
     _, answer, _ = await collect(client.generate(SUM, options))
     assert answer == "77777"
     options = GenerateOptions(
-        think="off", temperature=3.0, seed=1, logit_bias=((seven, -100.0),), max_tokens=200,
+        think=OFF, temperature=3.0, seed=1, logit_bias=((seven, -100.0),), max_tokens=200,
         ignore_eos=True,
     )  # fmt: skip
     _, answer, _ = await collect(client.generate(SUM, options))
@@ -676,7 +676,7 @@ async def test_logit_bias_forbids_and_forces(client: EngineClient, temperature: 
 
 
 async def test_penalties_change_what_is_said(client: EngineClient) -> None:
-    plain = GenerateOptions(think="off", ignore_eos=True, max_tokens=120)
+    plain = GenerateOptions(think=OFF, ignore_eos=True, max_tokens=120)
     _, repeating, _ = await collect(client.generate(SUM, plain))
     for changed in ({"presence_penalty": 2.0, "penalty_last_n": -1}, {"dry_multiplier": 4.0}):
         options = GenerateOptions(**{**_fields(plain), **changed})
@@ -685,7 +685,7 @@ async def test_penalties_change_what_is_said(client: EngineClient) -> None:
 
 
 async def test_logprobs_come_with_the_tokens(client: EngineClient) -> None:
-    options = GenerateOptions(think="off", temperature=0, logprobs=3)
+    options = GenerateOptions(think=OFF, temperature=0, logprobs=3)
     events = await _list(client.generate([Message("user", "Hello")], options))
     logprobs = [event for event in events if isinstance(event, TokenLogprobs)]
     text = "".join(event.text for event in events if isinstance(event, TextDelta))

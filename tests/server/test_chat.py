@@ -16,6 +16,7 @@ from nanorun.model.chat import (
     ToolCall,
     ToolCallDelta,
 )
+from nanorun.model.think import LOW
 from tests.server.conftest import CHAT, Endpoint, error_of
 from tests.support.fakes import FakeClient, reply
 
@@ -66,13 +67,13 @@ async def test_completion_cut_short_says_length(endpoint: Make) -> None:
 
 
 async def test_request_reaches_the_engine(endpoint: Make) -> None:
-    api = endpoint(think="low")
+    api = endpoint(think=LOW)
     await api.chat("2+2?", seed=3, temperature=0, stop=["x"], max_tokens=4)
     request = api.client.last
     assert request.messages == (Message("user", "2+2?"),)
     options = request.options
     assert (options.seed, options.temperature, options.stop) == (3, 0, ("x",))
-    assert (options.max_tokens, options.think) == (4, "low")
+    assert (options.max_tokens, options.think) == (4, LOW)
 
 
 async def test_stream_has_role_thinking_answer_and_end(endpoint: Make) -> None:

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from nanorun.model.chat import GenerateOptions, Grammar, Message, ToolCall
+from nanorun.model.think import LOW, OFF, Think
 from nanorun.server.errors import ApiError
 from nanorun.server.schema import EFFORTS, ChatRequest
 
@@ -18,8 +19,8 @@ def parse(**fields: Any) -> ChatRequest:
     return request
 
 
-def think(**fields: Any) -> str | int:
-    return parse(**fields).to_options(default_think="low").think
+def think(**fields: Any) -> Think:
+    return parse(**fields).to_options(default_think=LOW).think
 
 
 def parse_message(**fields: Any) -> Message:
@@ -94,15 +95,11 @@ def test_conversation_without_messages_is_refused() -> None:
 
 @pytest.mark.parametrize("effort", EFFORTS)
 def test_effort_is_a_depth_the_engine_knows(effort: str) -> None:
-    from nanorun.runtime.reply.dial import parse_think
-
-    parse_think(think(reasoning_effort=effort))
+    assert think(reasoning_effort=effort) == EFFORTS[effort]
 
 
 def test_efforts_grow() -> None:
-    from nanorun.runtime.reply.dial import parse_think
-
-    budgets = [parse_think(depth) for depth in EFFORTS.values()]
+    budgets = [depth.budget for depth in EFFORTS.values()]
     finite = [budget for budget in budgets if budget is not None]
     assert budgets == [*finite, None]
     assert finite == sorted(set(finite))
@@ -126,21 +123,21 @@ def test_efforts_grow() -> None:
         ),
     ],
 )
-def test_think_is_the_most_exact_of_what_is_asked(fields: dict[str, Any], depth: object) -> None:
-    assert think(**fields) == depth
+def test_think_is_the_most_exact_of_what_is_asked(fields: dict[str, Any], depth: str | int) -> None:
+    assert think(**fields) == Think.parse(depth)
 
 
 def test_options_carry_every_setting() -> None:
     options = parse(
         max_tokens=9, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=2**40, stop=["a", "b"]
-    ).to_options(default_think="off")
+    ).to_options(default_think=OFF)
     assert (options.max_tokens, options.temperature, options.top_p) == (9, 0.5, 0.9)
     assert (options.top_k, options.min_p, options.seed) == (40, 0.1, 2**40)
     assert options.stop == ("a", "b")
 
 
 def test_options_take_one_stop_and_the_newer_name_of_max_tokens() -> None:
-    options = parse(stop="END", max_completion_tokens=5).to_options(default_think="off")
+    options = parse(stop="END", max_completion_tokens=5).to_options(default_think=OFF)
     assert (options.stop, options.max_tokens) == (("END",), 5)
 
 
@@ -151,14 +148,14 @@ TOOL = {
 
 
 def test_tools_lose_their_nulls() -> None:
-    options = parse(tools=[TOOL]).to_options(default_think="off")
+    options = parse(tools=[TOOL]).to_options(default_think=OFF)
     assert options.tools == (
         {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
     )
 
 
 def test_tool_choice_none_hides_the_tools() -> None:
-    assert parse(tools=[TOOL], tool_choice="none").to_options(default_think="off").tools == ()
+    assert parse(tools=[TOOL], tool_choice="none").to_options(default_think=OFF).tools == ()
 
 
 @pytest.mark.parametrize(
@@ -234,9 +231,7 @@ def test_field_that_would_change_the_answer_is_refused_by_name(fields: dict[str,
     ids=str,
 )
 def test_field_that_asks_for_nothing_is_ignored(fields: dict[str, Any]) -> None:
-    assert parse(**fields).to_options(default_think="low") == parse().to_options(
-        default_think="low"
-    )
+    assert parse(**fields).to_options(default_think=LOW) == parse().to_options(default_think=LOW)
 
 
 def test_two_different_limits_are_refused() -> None:
@@ -254,7 +249,7 @@ def test_biases_and_endless_replies_reach_the_engine() -> None:
         }
     )
     request.check_supported()
-    options = request.to_options(default_think="off")
+    options = request.to_options(default_think=OFF)
     assert options.logit_bias == ((13, -100.0), (5, 1.5))
     assert options.ignore_eos
 
@@ -266,7 +261,7 @@ def test_history_shows_whether_the_client_gives_thinking_back(reasoning: dict[st
         {"role": "assistant", "content": "y", **reasoning},
         {"role": "user", "content": "z"},
     ]
-    options = ChatRequest.model_validate({"messages": turns}).to_options(default_think="off")
+    options = ChatRequest.model_validate({"messages": turns}).to_options(default_think=OFF)
     assert options.echo_thinking == bool(reasoning)
 
 
@@ -275,14 +270,14 @@ def test_history_shows_whether_the_client_gives_thinking_back(reasoning: dict[st
     [("flex", "background"), ("default", "interactive"), (None, "interactive")],
 )
 def test_flexible_requests_run_in_the_background(tier: str | None, priority: str) -> None:
-    assert parse(service_tier=tier).to_options(default_think="low").priority == priority
+    assert parse(service_tier=tier).to_options(default_think=LOW).priority == priority
 
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("add", "ping")]
 
 
 def options(**fields: Any) -> GenerateOptions:
-    return parse(**fields).to_options(default_think="low")
+    return parse(**fields).to_options(default_think=LOW)
 
 
 def test_one_tool_may_be_demanded() -> None:

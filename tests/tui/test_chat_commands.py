@@ -8,7 +8,7 @@ import pytest
 from textual.command import CommandPalette
 
 from nanorun.model.chat import Finished, GenerateOptions, PrefillProgress, TextDelta, ThinkingDelta
-from nanorun.runtime.reply.dial import LEVELS
+from nanorun.model.think import HIGH, LEVELS, LOW, MAX, MEDIUM, OFF, Think
 from nanorun.tui.commands import COMMANDS, Command
 from nanorun.tui.screens.chat import ChatScreen
 from tests.support.fakes import FakeClient, Step, reply
@@ -163,41 +163,41 @@ async def test_keys_are_offered_while_they_work() -> None:
 
 async def test_dial_goes_round_its_levels() -> None:
     client = FakeClient()
-    async with chatting(client, options=GenerateOptions(think="medium")) as chat:
+    async with chatting(client, options=GenerateOptions(think=MEDIUM)) as chat:
         seen = []
         for _ in LEVELS:
             await chat.pilot.press("ctrl+r")
-            seen.append(chat.screen.status.think)
+            seen.append(chat.screen.status.think.level)
         assert seen == ["high", "max", "off", "low", "medium"]
         await chat.pilot.press("ctrl+r")
         await chat.ask("hi")
-        assert client.last.options.think == "high"
+        assert client.last.options.think == HIGH
 
 
 async def test_dial_leaves_a_budget_for_its_first_level() -> None:
     client = FakeClient()
-    async with chatting(client, options=GenerateOptions(think=1000)) as chat:
+    async with chatting(client, options=GenerateOptions(think=Think(1000))) as chat:
         await chat.ask("hi")
-        assert client.last.options.think == 1000
+        assert client.last.options.think == Think(1000)
         await chat.pilot.press("ctrl+r")
-        assert chat.screen.think == "off"
+        assert chat.screen.think == OFF
 
 
 async def test_dial_holds_a_running_reply_to_the_new_level() -> None:
     client = FakeClient.playing(endless(ThinkingDelta("hm")))
-    async with chatting(client, options=GenerateOptions(think="medium")) as chat:
+    async with chatting(client, options=GenerateOptions(think=MEDIUM)) as chat:
         await chat.send("hi")
         await chat.until(lambda: chat.state == "thinking")
         await chat.pilot.press("ctrl+r", "ctrl+r")
-        assert client.last.generation.budgets == [LEVELS["high"], None]
+        assert client.last.generation.budgets == [HIGH.budget, None]
 
 
 async def test_dial_turns_by_click() -> None:
-    async with chatting(FakeClient(), options=GenerateOptions(think="low")) as chat:
+    async with chatting(FakeClient(), options=GenerateOptions(think=LOW)) as chat:
         status = chat.screen.status
         column = str(status.render()).index("reasoning") + 1
         await chat.pilot.click(status, offset=(column + 1, 0))
-        assert chat.screen.think == "medium"
+        assert chat.screen.think == MEDIUM
 
 
 async def test_new_conversation_starts_with_an_empty_context() -> None:
@@ -264,7 +264,7 @@ async def test_palette_runs_a_command() -> None:
         await chat.until(lambda: "Set the dial to max" in chat.text)
         await chat.pilot.press("down", "enter")
         await chat.until(lambda: not isinstance(chat.app.screen, CommandPalette))
-        await chat.until(lambda: chat.screen.think == "max")
+        await chat.until(lambda: chat.screen.think == MAX)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.action)

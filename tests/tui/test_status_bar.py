@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from textual.app import App, ComposeResult
 
+from nanorun.model.think import HIGH, Think
 from nanorun.tui.widgets.status_bar import StatusBar
 
 
@@ -25,7 +26,7 @@ BUSY = {"model": "pico", "state": "thinking", "n_used": 2048, "n_ctx": 8192, "tp
 
 
 async def test_status_bar_shows_all_it_knows() -> None:
-    text = await bar_text(100, **BUSY, think="high")
+    text = await bar_text(100, **BUSY, think=HIGH)
     left, right = text.split("reasoning", 1)
     assert left.split() == ["pico", "thinking"]
     assert right.split() == ["▮▮▮▯", "high", "2,048", "/", "8,192", "━" * 10, "38.1", "t/s"]
@@ -43,7 +44,7 @@ async def test_status_bar_drops_what_does_not_fit(width: int, kept: str, dropped
 
 
 async def test_status_bar_shows_a_budget_in_tokens() -> None:
-    assert "reasoning 1,000 tokens" in await bar_text(100, **BUSY, think=1000)
+    assert "reasoning 1,000 tokens" in await bar_text(100, **BUSY, think=Think(1000))
 
 
 async def test_status_bar_shows_brackets_in_names() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from nanorun.model.chat import GenerateOptions
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
 from tests.tui.harness import chatting
 
@@ -18,7 +19,7 @@ from tests.tui.harness import chatting
 async def test_chat_survives_the_death_of_its_engine(pico_gguf: Path) -> None:
     # Pico says a thousand tokens a second: a small context would be full before anyone looks.
     client = EngineClient(pico_gguf, EngineOptions(n_ctx=65536, n_threads=1))
-    endless = GenerateOptions(think="off", ignore_eos=True)
+    endless = GenerateOptions(think=OFF, ignore_eos=True)
     async with chatting(client, options=endless) as chat:
         await chat.type("What is 1 + 2?")
         # `Pilot.press` would wait for an idle processor, by when pico has filled its context.

@@ -10,6 +10,7 @@ from nanorun.cli.diagnostics import is_terminal
 from nanorun.cli.models import display_name, find_model, state_folder
 from nanorun.cli.planning import memory_facts, plan_opening
 from nanorun.errors import UsageError
+from nanorun.model.think import Think
 
 
 def command(
@@ -25,7 +26,7 @@ def command(
     Thinking is folded away, and how deep it goes can be changed while it thinks. Keys are shown at
     the bottom.
     """
-    depth = opt.think_depth(think)
+    depth = Think.parse(think)
     if not (is_terminal(sys.stdin) and is_terminal(sys.stdout)):
         raise UsageError(
             "chat needs a terminal; input or output is a pipe or a file",

@@ -19,6 +19,7 @@ from nanorun.cli.models import find_model
 from nanorun.cli.planning import log_memory, plan_opening
 from nanorun.cli.reply_output import JsonOutput, TextOutput
 from nanorun.errors import ExitCode, UsageError
+from nanorun.model.think import Think
 
 if TYPE_CHECKING:
     from nanorun.model.chat import GenerateOptions, Grammar, Message
@@ -118,7 +119,7 @@ def command(
         )
     question = read_prompt(prompt)
     request = GenerateOptions(
-        think=opt.think_depth(think),
+        think=Think.parse(think),
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,

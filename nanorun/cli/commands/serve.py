@@ -13,6 +13,7 @@ from nanorun.cli.diagnostics import StatusLine, note, show_logs
 from nanorun.cli.models import display_name, find_model, state_folder
 from nanorun.cli.planning import Opening, log_memory, plan_opening
 from nanorun.errors import UsageError
+from nanorun.model.think import Think
 from nanorun.model.units import parse_duration
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ def command(
         host=host,
         api_keys=tuple(api_keys or ()),
         n_parallel=n_parallel,
-        think=opt.think_depth(think),
+        think=Think.parse(think),
     )
     check_keys(settings)
     show_logs(verbose=verbose)

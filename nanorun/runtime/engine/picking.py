@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanorun.chat.parser import THINK
+from nanorun.chat.markup import THINK
 from nanorun.errors import NanorunError, UsageError
 from nanorun.model.chat import Event, FinishReason, TokenLogprobs
 from nanorun.model.engine_options import EngineOptions
@@ -87,13 +87,15 @@ class TokenPicker:
         except UsageError as error:
             pick.failure = error
             return None
-        choice = stream.sampler.sample(self._context, index, allowed)
+        choice = stream.sampler.sample(self._context.logits(index), allowed)
         if choice.token in self._model.end_tokens and self._owes_an_answer(stream):
             stream.n_ends_refused += 1
             no_ends = self._all_but(self._model.end_tokens)
-            choice = stream.sampler.sample(self._context, index, no_ends)
+            choice = stream.sampler.sample(self._context.logits(index), no_ends)
         if self._reopens_thinking(stream, choice.token):
-            choice = stream.sampler.sample(self._context, index, self._all_but({choice.token}))
+            choice = stream.sampler.sample(
+                self._context.logits(index), self._all_but({choice.token})
+            )
         if choice.token not in self._model.end_tokens or request.ignore_eos:
             pick.events += self._logprobs(stream, choice)
             return choice.token

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from nanorun.chat.call_grammar import call_grammar, reply_grammar
+from nanorun.chat.markup import END_THINK, THINK
 from nanorun.chat.parser import ReplyParser
 from nanorun.chat.prompt import RenderedPrompt
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.reply.constraint import Constraint
-from nanorun.runtime.reply.dial import ReasoningDial, parse_think, template_effort
-from nanorun.runtime.sampling.sampler import SamplingSettings, settle_sampling
+from nanorun.runtime.reply.dial import ReasoningDial, template_effort
+from nanorun.runtime.sampling.settings import SamplingSettings, settle_sampling
 
 
 @dataclass(slots=True)
@@ -98,11 +99,10 @@ def prepare_request(
         raise UsageError("there are no messages to answer")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UsageError(f"max_tokens {options.max_tokens} is less than 1")
-    budget = parse_think(options.think)
-    thinking = budget != 0
+    thinking = not options.think.is_off
     rendered = _render(model, messages, options, thinking)
     prompt, boundaries = tokenize_prompt(model, rendered)
-    thinking = thinking and rendered.text.rstrip("\n").endswith("<think>")
+    thinking = thinking and rendered.text.rstrip("\n").endswith(THINK)
     if constraint is not None and not thinking:
         constraint.answer_begins()
     n_left = max(n_ctx - len(prompt), 0)
@@ -118,7 +118,7 @@ def prepare_request(
         sampling=settle_sampling(
             options, thinking=thinking, n_vocab=model.n_vocab, defaults=model.sampling_defaults
         ),
-        dial=build_dial(model, budget, thinking=thinking, max_reply=max_reply),
+        dial=build_dial(model, options.think.budget, thinking=thinking, max_reply=max_reply),
         parser=ReplyParser(starts_in_thinking=thinking, tools=options.tools, stop=options.stop),
         max_tokens=options.max_tokens,
         ignore_eos=options.ignore_eos,
@@ -142,7 +142,7 @@ def prepare_anchor(
     the next question cost its own tokens only. The template may render the reply differently with
     its thinking, so it is to be given as the next turn will have it.
     """
-    thinking = parse_think(options.think) != 0
+    thinking = not options.think.is_off
     following = [*messages, reply, Message("user", "?")]
     rendered = _render(model, following, options, thinking)
     prompt, boundaries = tokenize_prompt(model, rendered)
@@ -200,7 +200,7 @@ def build_dial(
     return ReasoningDial(
         budget,
         thinking=thinking,
-        close_after_text=model.tokenize("\n</think>\n", special=True),
-        close_after_newline=model.tokenize("</think>\n", special=True),
+        close_after_text=model.tokenize(f"\n{END_THINK}\n", special=True),
+        close_after_newline=model.tokenize(f"{END_THINK}\n", special=True),
         max_reply=max_reply,
     )

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nanorun.chat.markup import CALL, END_CALL, END_TEXT, END_TURN
 from nanorun.chat.template import ChatTemplate
 from nanorun.errors import EngineError, ModelError
 from nanorun.model.arch import HybridArch, arch_from_gguf
@@ -22,7 +23,7 @@ from nanorun.runtime.llama.binding import engine_log, load_llama
 from nanorun.runtime.llama.expert_placement import keep_experts_on_host
 from nanorun.runtime.llama.token_cache import TokenCache
 from nanorun.runtime.reply.grammar import GrammarCompiler
-from nanorun.runtime.sampling.sampler import SamplingSettings
+from nanorun.runtime.sampling.settings import SamplingSettings
 
 # llama_token_type of llama.h, as tokenizer.ggml.token_type stores it
 _TYPE_CONTROL = 3
@@ -167,7 +168,7 @@ class LoadedModel:
         """
         is_end = self._llama.llama_vocab_is_eog
         known = {token for token in self.control_tokens if is_end(self.vocab, token)}
-        for text in ("</s>", "<|im_end|>"):
+        for text in (END_TEXT, END_TURN):
             known.update(self._single_token(text))
         return frozenset(known)
 
@@ -178,7 +179,7 @@ class LoadedModel:
         Raises:
             ModelError: If the vocabulary has no such tokens, so tool calls cannot be forced.
         """
-        found = [*self._single_token("<tool_call>"), *self._single_token("</tool_call>")]
+        found = [*self._single_token(CALL), *self._single_token(END_CALL)]
         if len(found) != 2:
             raise ModelError(f"{self.path.name} has no tokens for tool calls")
         return found[0], found[1]
@@ -186,7 +187,7 @@ class LoadedModel:
     @cached_property
     def grammars(self) -> GrammarCompiler:
         """Compiles grammars for this vocabulary."""
-        ends = self._single_token("<|im_end|>")
+        ends = self._single_token(END_TURN)
         end = ends[0] if ends else int(self._llama.llama_vocab_eos(self.vocab))
         return GrammarCompiler(self.vocab, end)
 

@@ -28,6 +28,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
     Usage,
 )
+from nanorun.model.think import Think
 
 HEADER_BYTES = 4
 MAX_FRAME_BYTES = 256 * 2**20
@@ -135,6 +136,7 @@ def options_from_json(payload: dict[str, Any]) -> GenerateOptions:
     return GenerateOptions(
         **{
             **payload,
+            "think": Think(**payload["think"]),
             "logit_bias": tuple((int(token), float(bias)) for token, bias in payload["logit_bias"]),
             "stop": tuple(payload["stop"]),
             "tools": tuple(payload["tools"]),

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from nanorun.chat.markup import END_THINK, THINK
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message
-from nanorun.runtime.reply.dial import grace_tokens, parse_think
+from nanorun.model.think import Think, grace_tokens
 
 
 class Control(Enum):
@@ -74,7 +75,7 @@ def check_options(messages: Sequence[Message], options: GenerateOptions) -> int 
         raise UsageError("there are no messages to answer")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UsageError(f"max_tokens {options.max_tokens} is less than 1")
-    return parse_think(options.think)
+    return options.think.budget
 
 
 def request_body(
@@ -189,12 +190,12 @@ def _can_stop(dialect: Dialect, options: GenerateOptions) -> bool:
 
     Most would end a reply by a stop string in its thinking, too; there they are looked for here.
     """
-    return dialect.counts_thinking or parse_think(options.think) == 0
+    return dialect.counts_thinking or options.think.is_off
 
 
 def _thinking_body(dialect: Dialect, options: GenerateOptions) -> dict[str, Any]:
     """How long to think, in the endpoint's words."""
-    budget = parse_think(options.think)
+    budget = options.think.budget
     template: dict[str, Any] = {}
     if dialect in (LLAMA_CPP, VLLM):
         template["enable_thinking"] = budget != 0
@@ -204,9 +205,8 @@ def _thinking_body(dialect: Dialect, options: GenerateOptions) -> dict[str, Any]
     if dialect is NANORUN:
         if options.priority == "background":
             body["service_tier"] = "flex"
-        is_count = isinstance(options.think, int)
-        level = str(options.think).strip().lower()
-        if is_count or level.isdigit():
+        level = options.think.level
+        if level is None:
             return {**body, "reasoning_budget": budget}
         return {**body, "reasoning_effort": "none" if level == "off" else level}
     if dialect is LLAMA_CPP:
@@ -224,15 +224,15 @@ def hard_cap(options: GenerateOptions) -> int | None:
 
     Thinking ends at the end of a line or sentence after the budget, so this lies the grace behind.
     """
-    budget = parse_think(options.think)
+    budget = options.think.budget
     half = None if options.max_tokens is None else options.max_tokens // 2
     limits = [n for n in (None if budget is None else budget + grace_tokens(budget), half) if n]
     return min(limits, default=None)
 
 
-def effort_of(think: str | int) -> str:
+def effort_of(think: Think) -> str:
     """The nearest of OpenAI's efforts that every endpoint with efforts knows."""
-    budget = parse_think(think)
+    budget = think.budget
     if budget is None:
         return "high"
     steps = ((0, "none"), (512, "low"), (4096, "medium"))
@@ -275,7 +275,7 @@ def continued_body(body: Mapping[str, Any], thinking: str, n_used: int) -> dict[
         thinking: What the first call thought.
         n_used: Tokens that this took from the reply's limit.
     """
-    begun = {"role": "assistant", "content": f"<think>\n{thinking.rstrip()}\n</think>\n\n"}
+    begun = {"role": "assistant", "content": f"{THINK}\n{thinking.rstrip()}\n{END_THINK}\n\n"}
     continued = {
         **body,
         "messages": [*body["messages"], begun],

@@ -207,7 +207,7 @@ class RemoteGeneration:
         """An effort is all that some endpoints know of depth, and some not even that."""
         if not self._engine.takes_effort and body.pop("reasoning_effort", None):
             return
-        if self._engine.dialect.control is Control.NONE and isinstance(self._options.think, int):
+        if self._engine.dialect.control is Control.NONE and self._options.think.level is None:
             effort = effort_of(self._options.think)
             self._notices.append(
                 f"the endpoint takes no budget of thinking tokens; effort {effort!r} was asked"

@@ -13,49 +13,23 @@ from collections import deque
 from collections.abc import Sequence
 from enum import Enum
 
-from nanorun.errors import UsageError
-
-LEVELS: dict[str, int | None] = {"off": 0, "low": 512, "medium": 4096, "high": 16384, "max": None}
-"""Thinking tokens of each level, for every family; None is unlimited."""
-
+from nanorun.model.think import Think, grace_tokens
 
 # Families whose template can ask for less thinking take that as well as the budget: Super knows
 # `low_effort`, Ultra `medium_effort` (model cards). Nano has neither.
 _EFFORTS = {"low": ("low_effort", "medium_effort"), "medium": ("medium_effort",)}
 
 
-def template_effort(think: str | int, template: str) -> dict[str, bool]:
+def template_effort(think: Think, template: str) -> dict[str, bool]:
     """Variables by which a chat template is told of a level, for families that have them.
 
     Args:
-        think: A level or a budget; a budget is only a budget.
+        think: The reasoning depth; a budget without a level is only a budget.
         template: The template's source.
     """
-    names = _EFFORTS.get(str(think).strip().lower(), ())
+    names = _EFFORTS.get(think.level or "", ())
     known = [name for name in names if re.search(rf"\b{name}\b", template)]
     return dict.fromkeys(known[:1], True)
-
-
-def parse_think(value: str | int) -> int | None:
-    """The budget of thinking tokens that a level or a number means; None for unlimited.
-
-    Raises:
-        UsageError: If it is neither a level nor a count.
-    """
-    text = str(value).strip().lower()
-    if text in LEVELS:
-        return LEVELS[text]
-    if text.isdecimal():
-        return int(text)
-    raise UsageError(
-        f"reasoning depth {value!r} is not known",
-        facts=[f"it is one of {', '.join(LEVELS)}, or a number of tokens"],
-    )
-
-
-def grace_tokens(budget: int) -> int:
-    """Tokens past the budget within which a line or sentence may end: max(10 %, 32)."""
-    return max(budget // 10, 32)
 
 
 # A line, or a sentence whose full stop is not a decimal point.

@@ -1,17 +1,15 @@
-"""Picking the next token: settled values, penalties, allowed tokens, and the draw."""
+"""Picking the next token: penalties, allowed tokens, and the draw."""
 
 from __future__ import annotations
 
 import ctypes
 import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanorun.errors import UsageError
-from nanorun.model.chat import GenerateOptions
 from nanorun.runtime.llama.binding import load_llama
 from nanorun.runtime.sampling.draw import (
     Ids,
@@ -22,9 +20,7 @@ from nanorun.runtime.sampling.draw import (
     log_softmax_at,
     truncate,
 )
-
-if TYPE_CHECKING:
-    from nanorun.runtime.llama.context import Context
+from nanorun.runtime.sampling.settings import SamplingSettings
 
 # llama.cpp's own defaults of the sampler that "don't repeat yourself" (common/common.h).
 _DRY_BREAKERS = (b"\n", b":", b'"', b"*")
@@ -32,106 +28,6 @@ _DRY_BREAKERS = (b"\n", b":", b'"', b"*")
 _MIN_DRY_TOKENS = 1024
 # More tokens than a reply has; the samplers keep a ring of this size.
 _WHOLE_REPLY = 2**18
-_MIN_TEMPERATURE = 1e-5
-
-
-MAX_LOGPROBS = 20
-"""Most alternatives that may be asked for, as in OpenAI's endpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingSettings:
-    """Settled values of one request. Temperature 0 is greedy; the filters then rest."""
-
-    temperature: float
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    seed: int | None = None
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    penalty_last_n: int = 64
-    """Tokens of the reply that the penalties look back on; -1 for all."""
-    dry_multiplier: float = 0.0
-    dry_base: float = 1.75
-    dry_allowed_length: int = 2
-    n_logprobs: int | None = None
-    """Alternatives whose log-probabilities are reported with each token; None for none at all."""
-
-    @property
-    def has_penalties(self) -> bool:
-        """Whether what was said before changes the logits."""
-        plain = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
-        return plain != (1.0, 0.0, 0.0) or self.dry_multiplier > 0
-
-
-def settle_sampling(
-    options: GenerateOptions,
-    *,
-    thinking: bool,
-    n_vocab: int,
-    defaults: SamplingSettings | None = None,
-) -> SamplingSettings:
-    """Fill what a request leaves open with the model's defaults.
-
-    Without defaults in the file, those of Nano's model card: temperature 1.0 and top-p 1.0 with
-    thinking, 0.6 and 0.95 with tools, greedy without thinking.
-
-    Raises:
-        UsageError: If a value is out of its range.
-    """
-    if defaults is not None:
-        family = defaults
-    elif not thinking:
-        family = SamplingSettings(temperature=0.0)
-    elif options.tools:
-        family = SamplingSettings(temperature=0.6, top_p=0.95)
-    else:
-        family = SamplingSettings(temperature=1.0)
-
-    def pick(asked: float | None, default: float) -> float:
-        return default if asked is None else asked
-
-    temperature = pick(options.temperature, family.temperature)
-    settings = SamplingSettings(
-        # Logits divided by less leave the range of a float, and the likeliest wins anyway.
-        temperature=0.0 if 0 < temperature < _MIN_TEMPERATURE else temperature,
-        top_p=pick(options.top_p, family.top_p),
-        top_k=int(pick(options.top_k, family.top_k)),
-        min_p=pick(options.min_p, family.min_p),
-        seed=options.seed,
-        logit_bias=options.logit_bias,
-        repetition_penalty=pick(options.repetition_penalty, family.repetition_penalty),
-        frequency_penalty=pick(options.frequency_penalty, 0.0),
-        presence_penalty=pick(options.presence_penalty, 0.0),
-        penalty_last_n=int(pick(options.penalty_last_n, 64)),
-        dry_multiplier=pick(options.dry_multiplier, 0.0),
-        dry_base=pick(options.dry_base, 1.75),
-        dry_allowed_length=int(pick(options.dry_allowed_length, 2)),
-        n_logprobs=options.logprobs,
-    )
-    _check_range("temperature", settings.temperature, 0, 5)
-    _check_range("top_p", settings.top_p, 0, 1)
-    _check_range("top_k", settings.top_k, 0, 2**31 - 1)
-    _check_range("min_p", settings.min_p, 0, 1)
-    _check_range("repetition_penalty", settings.repetition_penalty, 0.01, 10)
-    _check_range("frequency_penalty", settings.frequency_penalty, -2, 2)
-    _check_range("presence_penalty", settings.presence_penalty, -2, 2)
-    _check_range("penalty_last_n", settings.penalty_last_n, -1, 2**31 - 1)
-    _check_range("dry_multiplier", settings.dry_multiplier, 0, 100)
-    _check_range("dry_base", settings.dry_base, 1, 100)
-    _check_range("dry_allowed_length", settings.dry_allowed_length, 1, 2**31 - 1)
-    _check_range("logprobs", settings.n_logprobs or 0, 0, MAX_LOGPROBS)
-    for token, _ in settings.logit_bias:
-        _check_range("token of logit_bias", token, 0, n_vocab - 1)
-    return settings
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{name} {value} is not between {low} and {high}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,20 +57,18 @@ class Sampler:
         self._noise = Noise(secrets.randbits(64) if settings.seed is None else settings.seed)
         self._n_drawn = 0
 
-    def sample(self, context: Context, index: int, allowed: Ids | None = None) -> Choice:
+    def sample(self, logits: Logits, allowed: Ids | None = None) -> Choice:
         """The next token.
 
         Args:
-            context: Holds the logits.
-            index: Output of the last decode.
-            allowed: Ids that a grammar permits; None for all.
+            logits: One row of the model's output, `(n_vocab,)`; not changed.
+            allowed: Ids that may come next; None for all.
         """
-        raw = context.logits(index)
-        token = self._pick(self._adjusted(raw), allowed)
+        token = self._pick(self._adjusted(logits), allowed)
         self.accept(token)
-        if self._settings.n_logprobs is None:
+        if self._settings.logprobs is None:
             return Choice(token)
-        return _with_logprobs(token, raw, self._settings.n_logprobs)
+        return _with_logprobs(token, logits, self._settings.logprobs)
 
     def accept(self, token: int) -> None:
         """Take note of a token of the reply that was forced and not sampled."""

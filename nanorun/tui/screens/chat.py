@@ -18,8 +18,8 @@ from textual.widgets import Footer
 
 from nanorun.errors import EngineDied, EngineError, NanorunError
 from nanorun.model.chat import GenerateOptions, Message, ModelInfo
+from nanorun.model.think import LEVELS, MEDIUM, Think
 from nanorun.model.units import format_gib
-from nanorun.runtime.reply.dial import LEVELS, parse_think
 from nanorun.tui.commands import BINDINGS
 from nanorun.tui.messages import EngineFailed, EngineReady, ReplyEnded
 from nanorun.tui.reply import Phase, Reply
@@ -48,7 +48,7 @@ class ChatScreen(Screen[None]):
 
     BINDINGS: ClassVar[list[BindingType]] = [*BINDINGS]
 
-    think: reactive[str | int] = reactive("medium", init=False)
+    think: reactive[Think] = reactive(MEDIUM, init=False)
 
     def __init__(
         self,
@@ -296,18 +296,19 @@ class ChatScreen(Screen[None]):
 
     def action_next_think(self) -> None:
         """Turn the reasoning dial to its next level, from the last to the first."""
-        i_next = _LEVELS.index(str(self.think)) + 1 if self.think in _LEVELS else 0
-        self.think = _LEVELS[i_next % len(_LEVELS)]
+        level = self.think.level
+        i_next = 0 if level is None else _LEVELS.index(level) + 1
+        self.think = Think.parse(_LEVELS[i_next % len(_LEVELS)])
 
     def action_set_think(self, level: str) -> None:
         """Set the reasoning dial."""
-        self.think = level
+        self.think = Think.parse(level)
 
-    async def watch_think(self, think: str | int) -> None:
+    async def watch_think(self, think: Think) -> None:
         """Show the level, and hold a reply that is thinking to it."""
         self.status.think = think
         if self._generation is not None:
-            await self._generation.set_budget(parse_think(think))
+            await self._generation.set_budget(think.budget)
 
     def action_toggle_thinking(self) -> None:
         """Fold or unfold the latest thinking."""

@@ -9,7 +9,7 @@ from textual.reactive import reactive
 from textual.style import Style
 from textual.widget import Widget
 
-from nanorun.runtime.reply.dial import LEVELS
+from nanorun.model.think import LEVELS, MEDIUM, Think
 from nanorun.tui.text import count_label, printable
 
 _N_METER_CELLS = 10
@@ -31,7 +31,7 @@ class StatusBar(Widget):
     model: reactive[str] = reactive("")
     state: reactive[str] = reactive("")
     state_style: reactive[str] = reactive("$text-muted")
-    think: reactive[str | int] = reactive("medium")
+    think: reactive[Think] = reactive(MEDIUM)
     n_used: reactive[int] = reactive(0)
     n_ctx: reactive[int] = reactive(0)
     tps: reactive[float | None] = reactive(None)
@@ -52,14 +52,14 @@ class StatusBar(Widget):
 
     def _dial_part(self) -> Content:
         """The level as a bar and a word; a click turns it."""
-        if self.think in _LEVELS:
-            n_lit = _LEVELS.index(str(self.think))
+        if self.think.level is not None:
+            n_lit = _LEVELS.index(self.think.level)
             bar = Content.styled("▮" * n_lit, "$text-primary") + Content.styled(
                 "▯" * (len(_LEVELS) - 1 - n_lit), "dim"
             )
             dial = Content.assemble("reasoning ", bar, f" {self.think}")
         else:
-            dial = Content(f"reasoning {count_label(int(self.think))} tokens")
+            dial = Content(f"reasoning {count_label(self.think.budget or 0)} tokens")
         return dial.stylize(Style.from_meta({"@click": "screen.next_think"}))
 
     def _context_part(self) -> Content:

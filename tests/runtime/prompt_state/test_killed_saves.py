@@ -12,11 +12,12 @@ import pytest
 
 from nanorun.model.chat import Finished, GenerateOptions, Message, TextDelta, Usage
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
 from nanorun.runtime.prompt_state.store import SUFFIX, read_header
 
 N_KILLS = 30
-OPTIONS = GenerateOptions(think="off", temperature=0, max_tokens=8)
+OPTIONS = GenerateOptions(think=OFF, temperature=0, max_tokens=8)
 
 
 async def ask(client: EngineClient, messages: list[Message]) -> tuple[str, Usage]:

@@ -32,6 +32,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
     Usage,
 )
+from nanorun.model.think import LOW, OFF, Think
 from nanorun.runtime.remote import RemoteEngine
 from nanorun.runtime.remote.http import RemoteSettings
 from tests.runtime.remote.scripted_endpoint import (
@@ -556,7 +557,7 @@ async def test_stop_string_is_found_here_where_the_endpoint_would_look_in_the_th
 async def test_stop_string_the_endpoint_found_is_named() -> None:
     last = delta("stop")
     last["choices"][0]["stop_reason"] = "END"
-    events = await answer_to(delta(content="4"), last, think="off", stop=("END",))
+    events = await answer_to(delta(content="4"), last, think=OFF, stop=("END",))
     assert end_of(events).stop_text == "END"
 
 
@@ -639,7 +640,7 @@ async def test_budget_of_vllm_is_held_here_and_lands_at_the_end_of_a_sentence() 
     words = [sse(delta(reasoning=word)) for word in ("one", " two", " three.", " four", " five")]
     rest = Answer.stream(*WHOLE)
     async with talking(Answer([*words, 3.0]), rest, models=[VLLM_MODEL]) as (engine, endpoint):
-        events = await ask(engine, think=2)
+        events = await ask(engine, think=Think(2))
     assert thinking_of(events) == "one two three."
     assert "thinking_token_budget" not in endpoint.requests[0].body
     assert end_of(events).usage.thinking_tokens == 3
@@ -671,7 +672,7 @@ async def test_nanorun_takes_a_new_budget() -> None:
 
 async def test_llama_cpp_ends_at_a_budget_set_later_and_cannot_go_beyond_its_first() -> None:
     async with talking(thinking_stream(40), models=[LLAMA_MODEL]) as (engine, endpoint):
-        generation = engine.generate(QUESTION, GenerateOptions(think=100))
+        generation = engine.generate(QUESTION, GenerateOptions(think=Think(100)))
         events = [await anext(generation)]
         await generation.set_budget(4000)
         await generation.set_budget(5)
@@ -717,7 +718,10 @@ async def test_control_after_the_thinking_changes_nothing() -> None:
 async def test_effort_that_an_endpoint_does_not_know_is_left_out() -> None:
     refused = Answer.json({"error": {"message": "Unrecognized argument: reasoning_effort"}}, 400)
     async with talking(refused, Answer.stream(*WHOLE)) as (engine, endpoint):
-        first, second = await ask(engine, think="low"), await ask(engine, think="low")
+        first, second = (
+            await ask(engine, think=LOW),
+            await ask(engine, think=LOW),
+        )
     assert text_of(first) == text_of(second) == "4"
     efforts = [request.body.get("reasoning_effort") for request in endpoint.requests]
     assert efforts == ["low", None, None]
@@ -726,6 +730,6 @@ async def test_effort_that_an_endpoint_does_not_know_is_left_out() -> None:
 
 async def test_budget_that_an_endpoint_cannot_take_is_said() -> None:
     async with talking(Answer.stream(*WHOLE)) as (engine, endpoint):
-        events = await ask(engine, think=700)
+        events = await ask(engine, think=Think(700))
     assert endpoint.requests[0].body["reasoning_effort"] == "medium"
     assert "takes no budget of thinking tokens; effort 'medium'" in notices_of(events)[0]

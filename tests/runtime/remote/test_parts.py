@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nanorun.errors import EngineError, UsageError
 from nanorun.model.chat import Event, GenerateOptions, Grammar, Message, ToolCall, ToolCallDelta
+from nanorun.model.think import HIGH, LOW, MAX, OFF, Think
 from nanorun.runtime.remote.dialect import (
     LLAMA_CPP,
     NANORUN,
@@ -101,7 +102,7 @@ def body_of(dialect: Dialect, **options: Any) -> dict[str, Any]:
 
 def test_body_holds_what_was_chosen_and_nothing_else() -> None:
     body = body_of(
-        OTHER, temperature=0.0, top_p=0.9, top_k=5, min_p=0.1, seed=3, stop=("a",), think="off",
+        OTHER, temperature=0.0, top_p=0.9, top_k=5, min_p=0.1, seed=3, stop=("a",), think=OFF,
         max_tokens=9, logit_bias=((13, -100.0),), tools=({"type": "function"},), ignore_eos=True,
     )  # fmt: skip
     assert body == {
@@ -118,23 +119,23 @@ def test_body_holds_what_was_chosen_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("dialect", "options", "fields"),
     [
-        (NANORUN, {"think": "off"}, {"reasoning_effort": "none"}),
-        (NANORUN, {"think": "high"}, {"reasoning_effort": "high"}),
-        (NANORUN, {"think": 77}, {"reasoning_budget": 77}),
+        (NANORUN, {"think": OFF}, {"reasoning_effort": "none"}),
+        (NANORUN, {"think": HIGH}, {"reasoning_effort": "high"}),
+        (NANORUN, {"think": Think(77)}, {"reasoning_budget": 77}),
         (NANORUN, {"priority": "background"}, {"service_tier": "flex"}),
         (NANORUN, {"keep_thinking": True}, {"chat_template_kwargs": KEEP}),
-        (LLAMA_CPP, {"think": "off"}, {"chat_template_kwargs": {"enable_thinking": False}}),
-        (LLAMA_CPP, {"think": "max"}, {"reasoning_control": True}),
-        (LLAMA_CPP, {"think": 100}, {"reasoning_budget_tokens": 132}),
-        (LLAMA_CPP, {"think": 100, "max_tokens": 50}, {"reasoning_budget_tokens": 25}),
-        (VLLM, {"think": "low"}, {"chat_template_kwargs": {"enable_thinking": True}}),
+        (LLAMA_CPP, {"think": OFF}, {"chat_template_kwargs": {"enable_thinking": False}}),
+        (LLAMA_CPP, {"think": MAX}, {"reasoning_control": True}),
+        (LLAMA_CPP, {"think": Think(100)}, {"reasoning_budget_tokens": 132}),
+        (LLAMA_CPP, {"think": Think(100), "max_tokens": 50}, {"reasoning_budget_tokens": 25}),
+        (VLLM, {"think": LOW}, {"chat_template_kwargs": {"enable_thinking": True}}),
         (
             VLLM,
-            {"think": "off", "keep_thinking": True},
+            {"think": OFF, "keep_thinking": True},
             {"chat_template_kwargs": {"enable_thinking": False, **KEEP}},
         ),
         (OPENAI, {"max_tokens": 5}, {"max_completion_tokens": 5}),
-        (OTHER, {"think": "max"}, {"reasoning_effort": "high"}),
+        (OTHER, {"think": MAX}, {"reasoning_effort": "high"}),
     ],
 )  # fmt: skip
 def test_depth_is_asked_in_the_endpoints_words(
@@ -145,14 +146,14 @@ def test_depth_is_asked_in_the_endpoints_words(
 
 
 def test_llama_cpp_is_asked_for_no_budget_where_there_is_no_thinking() -> None:
-    assert "reasoning_control" not in body_of(LLAMA_CPP, think="off")
-    assert "reasoning_budget_tokens" not in body_of(LLAMA_CPP, think="max")
+    assert "reasoning_control" not in body_of(LLAMA_CPP, think=OFF)
+    assert "reasoning_budget_tokens" not in body_of(LLAMA_CPP, think=MAX)
 
 
 def test_stop_strings_go_to_endpoints_that_look_where_they_should() -> None:
     assert body_of(NANORUN, stop=("a",))["stop"] == ["a"]
-    assert body_of(VLLM, stop=("a",), think="off")["stop"] == ["a"]
-    assert "stop" not in body_of(VLLM, stop=("a",), think="low")
+    assert body_of(VLLM, stop=("a",), think=OFF)["stop"] == ["a"]
+    assert "stop" not in body_of(VLLM, stop=("a",), think=LOW)
 
 
 def test_penalties_go_by_the_endpoints_names() -> None:
@@ -174,10 +175,10 @@ def test_penalty_that_would_be_read_over_is_refused(dialect: Dialect, name: str)
 
 
 @pytest.mark.parametrize(
-    ("think", "effort"), [(0, "none"), (1, "low"), (512, "low"), (513, "medium"), (5000, "high")]
+    ("budget", "effort"), [(0, "none"), (1, "low"), (512, "low"), (513, "medium"), (5000, "high")]
 )
-def test_effort_is_the_nearest_that_is_enough(think: int, effort: str) -> None:
-    assert effort_of(think) == effort
+def test_effort_is_the_nearest_that_is_enough(budget: int, effort: str) -> None:
+    assert effort_of(Think(budget)) == effort
 
 
 def test_thinking_goes_back_only_where_it_is_wanted() -> None:

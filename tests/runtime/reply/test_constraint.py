@@ -24,6 +24,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
 )
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.think import MAX, OFF, Think
 from nanorun.runtime.client import EngineClient
 from tests.runtime.schemas import SCHEMAS
 
@@ -62,7 +63,7 @@ def schema_of(schema: Any) -> Grammar:
 async def check_schemas(client: EngineClient, n_each: int) -> None:
     async def one(schema: dict[str, Any], seed: int) -> None:
         options = GenerateOptions(
-            think="off" if seed % 2 else 16, temperature=1.5, seed=seed, max_tokens=1500,
+            think=OFF if seed % 2 else Think(16), temperature=1.5, seed=seed, max_tokens=1500,
             grammar=schema_of(schema),
         )  # fmt: skip
         events = await collect(client, f"Reply in JSON: name fox, age {seed}", options)
@@ -87,7 +88,7 @@ async def test_three_hundred_answers_fit_their_schema(client: EngineClient) -> N
 
 
 async def test_thinking_is_free_and_only_the_answer_is_held(client: EngineClient) -> None:
-    options = GenerateOptions(think="max", temperature=0, grammar=Grammar("regex", "[xyz]{3}"))
+    options = GenerateOptions(think=MAX, temperature=0, grammar=Grammar("regex", "[xyz]{3}"))
     events = await collect(client, "What is 47 + 86?", options)
     thinking = "".join(event.text for event in events if isinstance(event, ThinkingDelta))
     assert thinking.startswith("7+6+0=13")
@@ -110,7 +111,7 @@ async def test_thinking_is_free_and_only_the_answer_is_held(client: EngineClient
 )
 async def test_grammar_without_meaning_is_refused(client: EngineClient, grammar: Grammar) -> None:
     with pytest.raises(UsageError) as caught:
-        await collect(client, "Hello", GenerateOptions(think="off", grammar=grammar))
+        await collect(client, "Hello", GenerateOptions(think=OFF, grammar=grammar))
     assert "grammar" in caught.value.message
     events = await collect(client, "What is 4785 + 697?", GenerateOptions())
     assert answer_of(events) == "5482"  # the engine is well
@@ -119,7 +120,10 @@ async def test_grammar_without_meaning_is_refused(client: EngineClient, grammar:
 @pytest.mark.parametrize("think", ["off", "low"])
 async def test_required_call_is_made_and_fits_the_tool(client: EngineClient, think: str) -> None:
     options = GenerateOptions(
-        think=think, tools=(CALCULATOR,), tool_choice="required", parallel_tool_calls=False
+        think=Think.parse(think),
+        tools=(CALCULATOR,),
+        tool_choice="required",
+        parallel_tool_calls=False,
     )
     events = await collect(client, "Hello", options)
     (call,) = [event for event in events if isinstance(event, ToolCallDelta)]
@@ -141,14 +145,14 @@ async def test_required_call_of_a_tool_with_an_odd_schema_does_not_hang(
     client: EngineClient, schema: dict[str, Any]
 ) -> None:
     tool = {"type": "function", "function": {"name": "odd", "parameters": schema}}
-    options = GenerateOptions(think="off", tools=(tool,), tool_choice="required", max_tokens=50)
+    options = GenerateOptions(think=OFF, tools=(tool,), tool_choice="required", max_tokens=50)
     with contextlib.suppress(UsageError):
         await asyncio.wait_for(collect(client, "Hello", options), 20)
 
 
 async def test_strict_tool_leaves_answers_free_and_holds_calls(client: EngineClient) -> None:
     strict = {"type": "function", "function": {**CALCULATOR["function"], "strict": True}}
-    options = GenerateOptions(think="off", temperature=0, tools=(strict,))
+    options = GenerateOptions(think=OFF, temperature=0, tools=(strict,))
     events = await collect(client, "What is 12 * 34?", options)
     (call,) = [event for event in events if isinstance(event, ToolCallDelta)]
     # Pico was never shown `digits`: only the grammar makes it say them.
@@ -160,7 +164,8 @@ async def test_strict_tool_leaves_answers_free_and_holds_calls(client: EngineCli
 async def test_cancelled_while_its_grammar_is_compiled(client: EngineClient) -> None:
     big = {"type": "object", "properties": {f"p{i}": SCHEMAS[i % 30] for i in range(200)}}
     generation = client.generate(
-        [Message("user", "Hello")], GenerateOptions(think="off", grammar=schema_of(big))
+        [Message("user", "Hello")],
+        GenerateOptions(think=OFF, grammar=schema_of(big)),
     )
     waiting = asyncio.create_task(anext(aiter(generation)))
     await client.start()
@@ -177,7 +182,7 @@ async def test_cancelled_while_its_grammar_is_compiled(client: EngineClient) -> 
 
 
 async def test_grammar_that_no_text_fits_is_said_in_plain_words(client: EngineClient) -> None:
-    options = GenerateOptions(think="off", grammar=Grammar("regex", r"[^\s\S]"))
+    options = GenerateOptions(think=OFF, grammar=Grammar("regex", r"[^\s\S]"))
     with pytest.raises(UsageError) as caught:
         await collect(client, "Hello", options)
     assert caught.value.facts == ("nothing that fits can follow",)

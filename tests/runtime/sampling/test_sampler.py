@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,8 @@ from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.llama.loaded_model import LoadedModel
-from nanorun.runtime.sampling.sampler import Sampler, SamplingSettings, settle_sampling
+from nanorun.runtime.sampling.sampler import Choice, Sampler
+from nanorun.runtime.sampling.settings import SamplingSettings, settle_sampling
 
 TOOL = ({"type": "function", "function": {"name": "f"}},)
 
@@ -60,18 +60,8 @@ def test_settle_refuses_values_out_of_range(options: GenerateOptions) -> None:
         settle(options)
 
 
-class Logits:
-    """Stands for a context with given logits."""
-
-    def __init__(self, values: np.ndarray) -> None:
-        self.values = values.astype(np.float32)
-
-    def logits(self, _index: int) -> np.ndarray:
-        return self.values
-
-
-def pick(sampler: Sampler, values: np.ndarray, allowed: np.ndarray | None = None) -> Any:
-    return sampler.sample(Logits(values), 0, allowed)  # type: ignore[arg-type]
+def pick(sampler: Sampler, values: np.ndarray, allowed: np.ndarray | None = None) -> Choice:
+    return sampler.sample(values.astype(np.float32), allowed)
 
 
 def test_greedy_takes_the_likeliest_that_is_allowed() -> None:
@@ -112,9 +102,10 @@ def test_seed_decides_the_draws() -> None:
 
 def test_logprobs_are_those_before_bias_and_temperature() -> None:
     values = np.log([0.5, 0.3, 0.2])
-    settings = SamplingSettings(0.0, logit_bias=((2, 100.0),), n_logprobs=2)
+    settings = SamplingSettings(0.0, logit_bias=((2, 100.0),), logprobs=2)
     choice = pick(Sampler(settings, 3), values)
     assert choice.token == 2
+    assert choice.logprob is not None
     assert np.exp(choice.logprob) == pytest.approx(0.2, abs=1e-6)
     assert [token for token, _ in choice.alternatives] == [0, 1]
 
