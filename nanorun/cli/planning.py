@@ -1,13 +1,13 @@
-"""From flags to a wish, and from a plan to how an engine is opened."""
+"""From flags to a wish, and from a plan to how a command opens its engine."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanorun.cli.options import DEFAULT_N_CTX
 from nanorun.cli.shapes import shape_of_file
@@ -16,7 +16,7 @@ from nanorun.model.units import format_gib
 
 if TYPE_CHECKING:
     from nanorun.model.engine_options import EngineOptions
-    from nanorun.plan.memory_plan import Plan, Wish
+    from nanorun.plan.plan import Wish
 
 _MAX = "max"
 
@@ -24,20 +24,23 @@ log = logging.getLogger(__name__)
 
 
 def parse_wish(
-    n_ctx: str | None,
-    *,
-    default_n_ctx: int,
-    n_parallel: int = 1,
-    kv: str | None = None,
+    n_ctx: str | None, *, default_n_ctx: int, kv: str | None = None, **given: Any
 ) -> Wish:
     """The wish that flags express.
+
+    Args:
+        n_ctx: The text of `--n-ctx`; None for `default_n_ctx`.
+        default_n_ctx: Tokens of context unless the flag says otherwise.
+        kv: The text of `--kv`.
+        given: Other fields of the wish.
 
     Raises:
         UsageError: If one of them cannot be meant.
     """
     from nanorun.model.ggml_type import GgmlType
     from nanorun.model.units import parse_count
-    from nanorun.plan.memory_plan import KV_TYPES, Wish
+    from nanorun.plan.memory_plan import KV_TYPES
+    from nanorun.plan.plan import Wish
 
     if n_ctx is None:
         tokens: int | None = default_n_ctx
@@ -47,21 +50,7 @@ def parse_wish(
     if type_kv is not None and type_kv not in KV_TYPES:
         names = ", ".join(t.label for t in KV_TYPES)
         raise UsageError(f"--kv {kv}: a KV cache is one of {names}")
-    return Wish(n_ctx=tokens, n_parallel=n_parallel, type_kv=type_kv)
-
-
-def engine_options(plan: Plan) -> EngineOptions:
-    """The options that open an engine as planned."""
-    from nanorun.model.engine_options import EngineOptions
-
-    s = plan.settings
-    return EngineOptions(
-        n_ctx=s.n_ctx, n_parallel=s.n_parallel, n_seq_spare=s.n_seq_spare, n_batch=s.n_ubatch,
-        n_ubatch=s.n_ubatch, n_threads=plan.hardware.host.n_cores, n_gpu_layers=s.n_gpu_layers,
-        n_cpu_moe=s.n_cpu_moe, type_k=s.type_k.label, type_v=s.type_v.label,
-        checkpoint_bytes=s.checkpoint_bytes, archive_bytes=s.archive_bytes,
-        speculation=plan.wish.speculation, n_draft=plan.wish.n_draft,
-    )  # fmt: skip
+    return Wish(n_ctx=tokens, type_kv=type_kv, **given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +81,8 @@ def plan_opening(
     n_ctx: str | None,
     *,
     command: str,
-    n_parallel: int = 1,
+    fixed: EngineOptions,
     keeps_texts: bool = False,
-    speculation: str = "off",
-    state_dir: str | None = None,
 ) -> Opening:
     """How a command opens a file on this machine, and what it falls back to.
 
@@ -104,39 +91,33 @@ def plan_opening(
         path: The file that it stands for.
         n_ctx: The text of `--n-ctx`.
         command: The command, for suggestions.
-        n_parallel: Requests at a time.
+        fixed: What the plan does not decide; see `Wish`.
         keeps_texts: Whether many conversations go on, as behind an endpoint; see `Wish`.
-        speculation: The text of `--draft`.
-        state_dir: See `EngineOptions`.
 
     Raises:
         UsageError: If the flags cannot be meant.
         ModelError: If the file is damaged or no model that nanorun runs.
         MemoryPlanError: If nothing fits.
     """
+    from nanorun.plan.explain import decisions
     from nanorun.plan.machine.hardware import detect_hardware
     from nanorun.plan.memory_plan import plan_model
     from nanorun.plan.smaller import smaller_plans
 
     shape = shape_of_file(model, path)
     default = min(DEFAULT_N_CTX, shape.arch.n_ctx_train)
-    wish = parse_wish(n_ctx, default_n_ctx=default, n_parallel=n_parallel)
-    wish = replace(
-        wish, command=command, keeps_texts=keeps_texts, speculation=parse_draft(speculation)
+    wish = parse_wish(
+        n_ctx, default_n_ctx=default, command=command, keeps_texts=keeps_texts, fixed=fixed
     )
     plan = plan_model([shape], detect_hardware(), wish)
-    for line in plan.why:
+    for line in decisions(plan):
         log.debug("plan: %s", line)
-
-    def opened(plan: Plan) -> EngineOptions:
-        return replace(engine_options(plan), state_dir=state_dir)
-
     smaller = smaller_plans(plan)
     return Opening(
-        options=opened(plan),
-        smaller=tuple((opened(less.plan), less.change) for less in smaller),
+        options=plan.options,
+        smaller=tuple((less.plan.options, less.change) for less in smaller),
         planned_bytes={
-            opened(p): p.uses[-1].total_bytes - p.uses[-1].checkpoint_bytes
+            p.options: p.uses[-1].total_bytes - p.uses[-1].checkpoint_bytes
             for p in (plan, *(less.plan for less in smaller))
         },
     )

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
 
 from nanorun.model.arch import LayerKind
+from nanorun.model.engine_options import ALL_LAYERS, EngineOptions
 from nanorun.model.footprint import kv_bytes_per_token, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.units import format_gib
 from nanorun.plan.graph.compute_graph import mask_bytes
-from nanorun.plan.memory_use import ALL_LAYERS, DRIVER_BYTES, DeviceUse, Settings
+from nanorun.plan.machine.hardware import Hardware
+from nanorun.plan.memory_use import DRIVER_BYTES, DeviceUse
+from nanorun.plan.plan import Plan, Wish
 from nanorun.plan.shape import EXPERT_ROLES, ModelShape
-
-if TYPE_CHECKING:
-    from nanorun.plan.machine.hardware import Hardware
-    from nanorun.plan.memory_plan import Plan, Wish
 
 _CONFIG_N_CTX = 262144
 
@@ -37,18 +35,18 @@ def _recipe(plan: Plan) -> str:
 
 
 def _placement(plan: Plan) -> str:
-    settings, names = plan.settings, [gpu.name for gpu in plan.hardware.accelerators]
+    options, names = plan.options, [gpu.name for gpu in plan.hardware.accelerators]
     if not names:
         return "device: CPU, there is no accelerator that the engine could use"
-    if settings.n_gpu_layers == 0:
+    if options.n_gpu_layers == 0:
         return f"device: CPU, {' and '.join(names)} cannot hold even a part of the layers"
     where = " and ".join(names)
-    if settings.n_gpu_layers != ALL_LAYERS:
-        return f"placement: the last {settings.n_gpu_layers} layers on {where}, the rest on the CPU"
-    if settings.n_cpu_moe:
+    if options.n_gpu_layers != ALL_LAYERS:
+        return f"placement: the last {options.n_gpu_layers} layers on {where}, the rest on the CPU"
+    if options.n_cpu_moe:
         n_blocks = len(_blocks_on_host(plan))
         return (
-            f"placement: experts of {n_blocks} layers (blocks below {settings.n_cpu_moe}) in main"
+            f"placement: experts of {n_blocks} layers (blocks below {options.n_cpu_moe}) in main"
             f" memory, everything else on {where}; fewer did not fit"
         )
     return f"placement: all layers on {where}"
@@ -60,12 +58,12 @@ def _blocks_on_host(plan: Plan) -> set[int]:
         for t in plan.shape.tensors
         if t.role in EXPERT_ROLES
         and t.i_layer is not None
-        and t.i_layer < min(plan.settings.n_cpu_moe, plan.shape.arch.n_layer)
+        and t.i_layer < min(plan.options.n_cpu_moe, plan.shape.arch.n_layer)
     }
 
 
 def _context(plan: Plan) -> str:
-    n_ctx = plan.settings.n_ctx
+    n_ctx = plan.options.n_ctx
     asked = plan.wish.n_ctx
     if asked is None:
         is_all = n_ctx == plan.shape.arch.n_ctx_train
@@ -78,42 +76,42 @@ def _context(plan: Plan) -> str:
 
 
 def _kv(plan: Plan) -> str:
-    arch, settings = plan.shape.arch, plan.settings
-    per_token = kv_bytes_per_token(arch, settings.type_k, settings.type_v)
+    arch, options = plan.shape.arch, plan.options
+    per_token = kv_bytes_per_token(arch, options.type_k, options.type_v)
     n_layers = arch.n_layers_of(LayerKind.ATTENTION)
     line = (
-        f"KV cache {settings.type_k.label}: {per_token:,} bytes a token in {n_layers} layers"
+        f"KV cache {options.type_k.label}: {per_token:,} bytes a token in {n_layers} layers"
         " of attention"
     )
     if plan.wish.type_kv is not None:
         return f"{line}, as asked"
-    if settings.type_k is GgmlType.F16:
+    if options.type_k is GgmlType.F16:
         return f"{line}; it fits without quantizing"
     return f"{line}; f16 would take {kv_bytes_per_token(arch):,} and did not fit as well"
 
 
 def _ubatch(plan: Plan) -> str:
-    n_ubatch, n_ctx = plan.settings.n_ubatch, plan.settings.n_ctx
+    n_ubatch, n_ctx = plan.options.n_ubatch, plan.options.n_ctx
     mask = format_gib(mask_bytes(n_ctx, n_ubatch))
     line = f"n_ubatch {n_ubatch}: the attention mask of a batch takes {mask} at this n_ctx"
     return line if n_ubatch >= 512 else f"{line}; larger batches did not fit as well"
 
 
 def _sequences(plan: Plan) -> str:
-    settings = plan.settings
+    options = plan.options
     each = format_gib(state_bytes(plan.shape.arch))
     return (
-        f"n_seq_max {settings.n_seq_max}: {settings.n_parallel} at a time and"
-        f" {settings.n_seq_spare} spare that keep finished prompts, {each} of state each"
+        f"n_seq_max {options.n_seq_max}: {options.n_parallel} at a time and"
+        f" {options.n_seq_spare} spare that keep finished prompts, {each} of state each"
     )
 
 
 def _checkpoints(plan: Plan) -> str:
-    settings = plan.settings
-    n_states = settings.checkpoint_bytes // max(1, state_bytes(plan.shape.arch))
+    options = plan.options
+    n_states = options.checkpoint_bytes // max(1, state_bytes(plan.shape.arch))
     return (
         f"checkpoints: room for {n_states} states"
-        f" ({format_gib(settings.checkpoint_bytes)}) and {format_gib(settings.archive_bytes)}"
+        f" ({format_gib(options.checkpoint_bytes)}) and {format_gib(options.archive_bytes)}"
         " of conversations in main memory"
     )
 
@@ -121,7 +119,7 @@ def _checkpoints(plan: Plan) -> str:
 def _allowances(plan: Plan) -> str:
     margins = ", ".join(f"{u.name} {format_gib(u.margin_bytes)}" for u in plan.uses)
     driver = f" (with {format_gib(DRIVER_BYTES)} for the driver)"
-    on_gpu = bool(plan.hardware.accelerators) and plan.settings.n_gpu_layers != 0
+    on_gpu = bool(plan.hardware.accelerators) and plan.options.n_gpu_layers != 0
     return f"kept free{driver if on_gpu else ''}: {margins}"
 
 
@@ -139,13 +137,13 @@ def _limits(plan: Plan) -> list[str]:
     return lines
 
 
-def shortfall(use: DeviceUse, settings: Settings, hardware: Hardware) -> list[str]:
+def shortfall(use: DeviceUse, options: EngineOptions, hardware: Hardware) -> list[str]:
     """What takes the memory that is not there."""
     parts = " + ".join(
         f"{name} {format_gib(n_bytes)}"
         for name, n_bytes in (
             ("weights", use.weights_bytes),
-            (f"KV cache {settings.type_k.label}", use.kv_bytes),
+            (f"KV cache {options.type_k.label}", use.kv_bytes),
             ("SSM state", use.state_bytes),
             ("checkpoints", use.checkpoint_bytes),
             ("compute", use.compute_bytes),
@@ -185,7 +183,7 @@ def what_would_help(
         # Planned anew from its source, the model gets the recipe that fits.
         command = wish.command if wish.command.startswith("plan") else "plan"
         tries.append(f"nanorun {command} {shlex.quote(shape.repository)} --n-ctx {n_ctx}")
-    if wish.n_parallel > 1:
+    if wish.fixed.n_parallel > 1:
         tries.append(f"{again} --n-ctx {n_ctx} --parallel 1")
     if shape.name != "nano-4b":
         tries.append("nanorun plan nano-4b")
@@ -201,9 +199,9 @@ def vllm_command(shape: ModelShape, wish: Wish) -> str:
     """What serves the source model with vLLM, on a machine that holds it."""
     n_ctx = wish.n_ctx or shape.arch.n_ctx_train
     command = (
-        f"vllm serve {shape.repository} --max-model-len {n_ctx} --max-num-seqs {wish.n_parallel}"
-        " --trust-remote-code --reasoning-parser nemotron_v3"
-        " --enable-auto-tool-choice --tool-call-parser qwen3_coder"
+        f"vllm serve {shape.repository} --max-model-len {n_ctx}"
+        f" --max-num-seqs {wish.fixed.n_parallel} --trust-remote-code"
+        " --reasoning-parser nemotron_v3 --enable-auto-tool-choice --tool-call-parser qwen3_coder"
     )
     # NVIDIA's config.json names a quarter of what the models were trained for.
     return f"VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 {command}" if n_ctx > _CONFIG_N_CTX else command

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 from nanorun.errors import MemoryPlanError, UsageError
+from nanorun.model.engine_options import ALL_LAYERS, EngineOptions
 from nanorun.model.footprint import padded_n_ctx, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.units import GIB, format_gib
 from nanorun.plan import explain
 from nanorun.plan.machine.hardware import Hardware
-from nanorun.plan.memory_use import DeviceUse, Settings, device_uses
+from nanorun.plan.memory_use import device_uses
+from nanorun.plan.plan import Plan, Wish
 from nanorun.plan.shape import ModelShape
-from nanorun.plan.speed_estimate import Calibration, SpeedEstimate, estimate_speed
+from nanorun.plan.speed_estimate import Calibration
 
 MAX_SEQUENCES = 256
 """LLAMA_MAX_SEQ of llama.cpp: sequences that a context can tell apart."""
@@ -36,53 +37,6 @@ _SPARES = {4: 0, 2: 1, 1: 2, 0: 4}
 _COMFORT, _FRUGAL = 11, 100
 _NEARLY = 0.93
 _KV_COSTS = {GgmlType.F16: 0, GgmlType.Q8_0: 5, GgmlType.Q4_0: 20}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
-    """What a person asks of a plan; None leaves the choice to it."""
-
-    n_ctx: int | None = None
-    """Tokens of context; None for the longest that fits (`max`)."""
-    n_parallel: int = 1
-    type_kv: GgmlType | None = None
-    keeps_texts: bool = False
-    """Whether the context is to hold many conversations. They share its cells, so it may be longer
-    than the model was trained for, which is a limit for each of them."""
-    speculation: str = "off"
-    """What guesses tokens ahead: `off`, `lookup` or `mtp`; see `EngineOptions`."""
-    n_draft: int = 3
-    command: str = "plan"
-    """The command that has the wish, with the flags that suggestions should keep."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Settings that fit a machine, and what they come to."""
-
-    shape: ModelShape
-    settings: Settings
-    hardware: Hardware
-    wish: Wish
-    calibration: Calibration | None = None
-    recipe_reason: str = "as asked"
-
-    @cached_property
-    def uses(self) -> list[DeviceUse]:
-        """What each device holds."""
-        return device_uses(self.shape, self.settings, self.hardware)
-
-    @cached_property
-    def speed(self) -> SpeedEstimate:
-        """Expected speed."""
-        return estimate_speed(
-            self.shape, self.settings, self.hardware, calibration=self.calibration
-        )
-
-    @cached_property
-    def why(self) -> list[str]:
-        """One line a decision."""
-        return explain.decisions(self)
 
 
 def plan_model(
@@ -105,6 +59,8 @@ def plan_model(
         MemoryPlanError: If nothing fits; it says what would.
     """
     check_wish(shapes[0], wish)
+    n_threads = wish.fixed.n_threads or hardware.host.n_cores
+    wish = replace(wish, fixed=replace(wish.fixed, n_threads=n_threads))
     is_max = wish.n_ctx is None
     if is_max and len(shapes) > 1:
         # The smallest recipe allows the longest context; the others are measured by it.
@@ -161,14 +117,14 @@ def check_wish(shape: ModelShape, wish: Wish) -> None:
         UsageError: Naming the number and the limit.
     """
     n_train, n_ctx = shape.arch.n_ctx_train, wish.n_ctx
-    is_too_long = n_ctx is not None and n_ctx > n_train * max(1, wish.n_parallel)
+    is_too_long = n_ctx is not None and n_ctx > n_train * max(1, wish.fixed.n_parallel)
     if n_ctx is not None and (n_ctx < 1 or (is_too_long and not wish.keeps_texts)):
-        each = f" for each of {wish.n_parallel} requests" if wish.n_parallel > 1 else ""
+        each = f" for each of {wish.fixed.n_parallel} requests" if wish.fixed.n_parallel > 1 else ""
         raise UsageError(
             f"n_ctx {n_ctx:,} is outside what {shape.name} was trained for: 1 to {n_train:,}{each}",
             tries=[f"nanorun {wish.command} {shlex.quote(shape.name)} --n-ctx max"],
         )
-    if wish.speculation == "mtp" and not shape.arch.n_layer_nextn:
+    if wish.fixed.speculation == "mtp" and not shape.arch.n_layer_nextn:
         raise UsageError(
             f"{shape.name} has no MTP head",
             facts=["guessing from earlier text needs none"],
@@ -178,10 +134,10 @@ def check_wish(shape: ModelShape, wish: Wish) -> None:
                 " --draft lookup"
             ],
         )
-    if not 1 <= wish.n_parallel <= MAX_SEQUENCES:
+    if not 1 <= wish.fixed.n_parallel <= MAX_SEQUENCES:
         raise UsageError(
-            f"{wish.n_parallel} sequences asked for, but the engine keeps 1 to {MAX_SEQUENCES}"
-            " apart",
+            f"{wish.fixed.n_parallel} sequences asked for, but the engine keeps"
+            f" 1 to {MAX_SEQUENCES} apart",
             tries=[f"nanorun {wish.command} {shlex.quote(shape.name)} --parallel 8"],
         )
 
@@ -195,7 +151,7 @@ def _longest(
     shape: ModelShape,
     hardware: Hardware,
     wish: Wish,
-    fits: Callable[[ModelShape, Hardware, Settings], bool],
+    fits: Callable[[ModelShape, Hardware, EngineOptions], bool],
 ) -> int | None:
     def does(n_ctx: int) -> bool:
         frugal = _with_least_checkpoints(shape, _smallest(replace(wish, n_ctx=n_ctx), hardware))
@@ -210,8 +166,8 @@ def _longest(
     return low * _N_CTX_STEP or None
 
 
-def _fits(shape: ModelShape, hardware: Hardware, settings: Settings) -> bool:
-    return all(use.spare_bytes >= 0 for use in device_uses(shape, settings, hardware))
+def _fits(shape: ModelShape, hardware: Hardware, options: EngineOptions) -> bool:
+    return all(use.spare_bytes >= 0 for use in device_uses(shape, options, hardware))
 
 
 def plan_shape(
@@ -233,11 +189,11 @@ def plan_shape(
     if hardware.accelerators:
         # Each byte on the accelerator is better spent on experts than on comfort.
         economies = _representatives(economies)
-    placed = (_place(shape, hardware, settings) for settings in economies)
+    placed = (_place(shape, hardware, options) for options in economies)
     plans = (
-        Plan(shape, _with_checkpoints(shape, hardware, settings), hardware, wish, calibration)
-        for settings in placed
-        if settings is not None
+        Plan(shape, _with_checkpoints(shape, hardware, options), hardware, wish, calibration)
+        for options in placed
+        if options is not None
     )
     if not hardware.accelerators:
         return next(plans, None)
@@ -262,38 +218,38 @@ def _plan_whole(
     n_ctx = wish.n_ctx or _longest(shape, hardware, wish, _fits)
     if n_ctx is None:
         return None
-    for settings in _economies(replace(wish, n_ctx=n_ctx), hardware, most_cost):
-        settings = _with_least_checkpoints(shape, settings)
-        if _fits(shape, hardware, settings):
-            settled = _with_checkpoints(shape, hardware, settings)
+    for options in _economies(replace(wish, n_ctx=n_ctx), hardware, most_cost):
+        options = _with_least_checkpoints(shape, options)
+        if _fits(shape, hardware, options):
+            settled = _with_checkpoints(shape, hardware, options)
             return Plan(shape, settled, hardware, wish, calibration)
     return None
 
 
-def _representatives(economies: Sequence[Settings]) -> list[Settings]:
+def _representatives(economies: Sequence[EngineOptions]) -> list[EngineOptions]:
     """One economy for each type of the KV cache, the most comfortable with large batches."""
-    by_type: dict[GgmlType, Settings] = {}
-    for settings in economies:
-        by_type.setdefault(settings.type_k, settings)
+    by_type: dict[GgmlType, EngineOptions] = {}
+    for options in economies:
+        by_type.setdefault(options.type_k, options)
     return list(dict.fromkeys([*by_type.values(), economies[-1]]))
 
 
-def _economies(wish: Wish, hardware: Hardware, most_cost: int) -> Iterator[Settings]:
-    """Settings that meet the wish, from the most comfortable to the most frugal."""
+def _economies(wish: Wish, hardware: Hardware, most_cost: int) -> Iterator[EngineOptions]:
+    """EngineOptions that meet the wish, from the most comfortable to the most frugal."""
     assert wish.n_ctx is not None
     kv_types = [wish.type_kv] if wish.type_kv else list(_kv_types(hardware))
-    most = MAX_SEQUENCES - wish.n_parallel
+    most = MAX_SEQUENCES - wish.fixed.n_parallel
     spares = [n for n in _SPARES if n <= most]
     choices = [
-        (_KV_COSTS.get(kv, 0) + _UBATCHES.get(n_ubatch, 0) + _SPARES.get(spare, 0), i, settings)
+        (_KV_COSTS.get(kv, 0) + _UBATCHES.get(n_ubatch, 0) + _SPARES.get(spare, 0), i, options)
         for i, (kv, n_ubatch, spare) in enumerate(
             (kv, n_ubatch, spare) for kv in kv_types for n_ubatch in _UBATCHES for spare in spares
         )
-        for settings in [_settings(wish, kv, n_ubatch, spare)]
+        for options in [_options(wish, kv, n_ubatch, spare)]
     ]
-    for cost, _, settings in sorted(choices, key=lambda choice: choice[:2]):
+    for cost, _, options in sorted(choices, key=lambda choice: choice[:2]):
         if cost <= most_cost:
-            yield settings
+            yield options
 
 
 def _kv_types(hardware: Hardware) -> tuple[GgmlType, ...]:
@@ -301,67 +257,73 @@ def _kv_types(hardware: Hardware) -> tuple[GgmlType, ...]:
     return KV_TYPES[:2] if hardware.is_unified else KV_TYPES
 
 
-def _smallest(wish: Wish, hardware: Hardware) -> Settings:
-    """The most frugal settings that are chosen without being asked for."""
+def _smallest(wish: Wish, hardware: Hardware) -> EngineOptions:
+    """The most frugal options that are chosen without being asked for."""
     kv = wish.type_kv or _kv_types(hardware)[-1]
-    return _settings(wish, kv, min(_UBATCHES), 0)
+    return _options(wish, kv, min(_UBATCHES), 0)
 
 
-def _settings(wish: Wish, kv: GgmlType, n_ubatch: int, n_seq_spare: int) -> Settings:
+def _options(wish: Wish, kv: GgmlType, n_ubatch: int, n_seq_spare: int) -> EngineOptions:
     assert wish.n_ctx is not None
-    return Settings(
-        n_ctx=padded_n_ctx(wish.n_ctx), n_parallel=wish.n_parallel, n_seq_spare=n_seq_spare,
-        n_ubatch=n_ubatch, type_k=kv, type_v=kv, checkpoint_bytes=0, archive_bytes=0,
-        n_rs_seq=0 if wish.speculation == "off" else wish.n_draft,
-        with_mtp=wish.speculation == "mtp",
+    return replace(
+        wish.fixed,
+        n_ctx=padded_n_ctx(wish.n_ctx), n_seq_spare=n_seq_spare, n_batch=n_ubatch,
+        n_ubatch=n_ubatch, type_k=kv, type_v=kv, n_gpu_layers=ALL_LAYERS, n_cpu_moe=0,
+        checkpoint_bytes=0, archive_bytes=0,
     )  # fmt: skip
 
 
 # -- placement ----------------------------------------------------------------------------------
 
 
-def _place(shape: ModelShape, hardware: Hardware, settings: Settings) -> Settings | None:
-    """The settings with as much on the accelerators as fits, or None."""
-    settings = _with_least_checkpoints(shape, settings)
-    for candidate in _placements(shape, hardware, settings):
+def _place(shape: ModelShape, hardware: Hardware, options: EngineOptions) -> EngineOptions | None:
+    """The options with as much on the accelerators as fits, or None."""
+    options = _with_least_checkpoints(shape, options)
+    for candidate in _placements(shape, hardware, options):
         if _fits(shape, hardware, candidate):
             return candidate
     return None
 
 
-def _placements(shape: ModelShape, hardware: Hardware, settings: Settings) -> Iterator[Settings]:
+def _placements(
+    shape: ModelShape, hardware: Hardware, options: EngineOptions
+) -> Iterator[EngineOptions]:
     if hardware.accelerators:
-        yield settings
-        yield from _offloads(shape, hardware, settings)
+        yield options
+        yield from _offloads(shape, hardware, options)
     if not hardware.is_unified:
-        yield replace(settings, n_gpu_layers=0)
+        yield replace(options, n_gpu_layers=0)
 
 
-def _offloads(shape: ModelShape, hardware: Hardware, settings: Settings) -> Iterator[Settings]:
+def _offloads(
+    shape: ModelShape, hardware: Hardware, options: EngineOptions
+) -> Iterator[EngineOptions]:
     """The fewest experts, or else layers, on the host for which the accelerators suffice."""
     if hardware.is_unified:
         return
 
-    def fits(candidate: Settings) -> bool:
+    def fits(candidate: EngineOptions) -> bool:
         uses = device_uses(shape, candidate, hardware)
         return all(use.spare_bytes >= 0 for use in uses[:-1])
 
     n_layer = shape.arch.n_layer
     steps = [
-        replace(settings, n_cpu_moe=i + 1)
+        replace(options, n_cpu_moe=i + 1)
         for i, layer in enumerate(shape.layers[:n_layer])
         if layer.experts
     ]
     if steps and fits(steps[-1]):
         yield _first_fitting(steps, fits)
         return
-    base = steps[-1] if steps else settings
+    base = steps[-1] if steps else options
     layers = [replace(base, n_gpu_layers=n) for n in range(shape.arch.n_layer_all, 0, -1)]
     if layers and fits(layers[-1]):
         yield _first_fitting(layers, fits)
 
 
-def _first_fitting(steps: Sequence[Settings], fits: Callable[[Settings], bool]) -> Settings:
+def _first_fitting(
+    steps: Sequence[EngineOptions], fits: Callable[[EngineOptions], bool]
+) -> EngineOptions:
     """The first of steps that ever more of fit; the last one does."""
     low, high = 0, len(steps) - 1
     while low < high:
@@ -373,17 +335,19 @@ def _first_fitting(steps: Sequence[Settings], fits: Callable[[Settings], bool]) 
 # -- checkpoints --------------------------------------------------------------------------------
 
 
-def _with_least_checkpoints(shape: ModelShape, settings: Settings) -> Settings:
+def _with_least_checkpoints(shape: ModelShape, options: EngineOptions) -> EngineOptions:
     # Two turns of the conversation at hand, without which each turn reads everything again.
-    return replace(settings, checkpoint_bytes=2 * state_bytes(shape.arch), archive_bytes=0)
+    return replace(options, checkpoint_bytes=2 * state_bytes(shape.arch), archive_bytes=0)
 
 
-def _with_checkpoints(shape: ModelShape, hardware: Hardware, settings: Settings) -> Settings:
+def _with_checkpoints(
+    shape: ModelShape, hardware: Hardware, options: EngineOptions
+) -> EngineOptions:
     """As many states in host memory as are useful and leave half of what is free to others."""
-    spare = device_uses(shape, settings, hardware)[-1].spare_bytes
-    least, share = settings.checkpoint_bytes, max(0, spare) // 4
+    spare = device_uses(shape, options, hardware)[-1].spare_bytes
+    least, share = options.checkpoint_bytes, max(0, spare) // 4
     return replace(
-        settings,
+        options,
         checkpoint_bytes=max(least, min(GIB, least + share)),
         archive_bytes=min(2 * GIB, share),
     )
@@ -392,14 +356,14 @@ def _with_checkpoints(shape: ModelShape, hardware: Hardware, settings: Settings)
 def _no_plan(shapes: Sequence[ModelShape], hardware: Hardware, wish: Wish) -> MemoryPlanError:
     shape = shapes[-1]
     n_ctx = wish.n_ctx or _N_CTX_STEP
-    settings = _with_least_checkpoints(shape, _smallest(replace(wish, n_ctx=n_ctx), hardware))
+    options = _with_least_checkpoints(shape, _smallest(replace(wish, n_ctx=n_ctx), hardware))
     if not hardware.is_unified:
-        settings = replace(settings, n_gpu_layers=0)
-    use = device_uses(shape, settings, hardware)[-1]
+        options = replace(options, n_gpu_layers=0)
+    use = device_uses(shape, options, hardware)[-1]
     longest = None if wish.n_ctx is None else longest_n_ctx(shape, hardware, wish)
     return MemoryPlanError(
         f"{shape.name} at n_ctx {n_ctx:,} needs {format_gib(use.total_bytes)} at least,"
         f" but {use.name} has {format_gib(use.free_bytes)} free",
-        facts=explain.shortfall(use, settings, hardware),
+        facts=explain.shortfall(use, options, hardware),
         tries=explain.what_would_help(shape, wish, longest, has_choice=len(shapes) > 1),
     )

@@ -1,4 +1,4 @@
-"""What a model takes on each device with given settings.
+"""What a model takes on each device, opened with given options.
 
 Every number is either exact (weights, KV cache, state, compute, output: the engine's own rules, see
 `footprint` and `compute_graph`) or a stated allowance (driver, process, margin).
@@ -12,21 +12,13 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from nanorun.model.arch import LayerKind
+from nanorun.model.engine_options import ALL_LAYERS, EngineOptions
 from nanorun.model.footprint import kv_bytes, mtp_kv_bytes, output_bytes, padded_n_ctx, state_bytes
-from nanorun.model.ggml_type import GgmlType
-from nanorun.model.units import GIB, KIB, MIB
-from nanorun.plan.graph.compute_graph import (
-    GraphSizes,
-    compute_bytes,
-    input_bytes,
-    mtp_compute_bytes,
-)
-from nanorun.plan.graph.graph_allocator import ALIGNMENT
+from nanorun.model.units import KIB, MIB
+from nanorun.plan.graph.compute_graph import compute_bytes, input_bytes, mtp_compute_bytes
 from nanorun.plan.machine.hardware import HOST, Accelerator, Hardware
 from nanorun.plan.shape import ModelShape
 
-ALL_LAYERS = -1
-_CUDA_ALIGNMENT = 128
 # llama.cpp evaluates the next parts of a prompt while several devices still work on the last.
 _N_PIPELINE_COPIES = 4
 # A CUDA context, its kernels and cuBLAS's workspace.
@@ -34,32 +26,6 @@ DRIVER_BYTES = 400 * MIB
 # An engine process with its libraries and Python; the vocabulary and its merges as objects.
 PROCESS_BYTES = 110 * MIB
 VOCABULARY_ENTRY_BYTES = 700
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """How a model is opened: llama.cpp's words, as in `EngineOptions`."""
-
-    n_ctx: int
-    n_parallel: int = 1
-    n_seq_spare: int = 4
-    n_ubatch: int = 512
-    type_k: GgmlType = GgmlType.F16
-    type_v: GgmlType = GgmlType.F16
-    n_gpu_layers: int = ALL_LAYERS
-    """Layers on accelerators, the last ones first and the output with them; -1 for all."""
-    n_cpu_moe: int = 0
-    """Blocks, counted from the first, whose routed experts stay in main memory. Every block
-    counts, whether it has experts or not: that is how the engine numbers them."""
-    checkpoint_bytes: int = GIB
-    archive_bytes: int = 2 * GIB
-    n_rs_seq: int = 0
-    with_mtp: bool = False
-
-    @property
-    def n_seq_max(self) -> int:
-        """Sequences of the context."""
-        return self.n_parallel + self.n_seq_spare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,10 +70,10 @@ PARTS = (
 """The parts of a device's use, in the order in which they are shown."""
 
 
-def device_uses(shape: ModelShape, settings: Settings, hardware: Hardware) -> list[DeviceUse]:
+def device_uses(shape: ModelShape, options: EngineOptions, hardware: Hardware) -> list[DeviceUse]:
     """What each device holds, accelerators first; one entry where they share the host's memory."""
-    gpus = hardware.accelerators if settings.n_gpu_layers else ()
-    placement = Placement(shape, settings, gpus)
+    gpus = hardware.accelerators if options.n_gpu_layers else ()
+    placement = Placement(shape, options, gpus)
     uses = [_gpu_use(placement, i) for i in range(len(gpus))]
     host = _host_use(placement, hardware)
     if not hardware.is_unified or not uses:
@@ -129,11 +95,11 @@ class Placement:
     """Which layer is on which device: -1 is the host, others are indices of accelerators."""
 
     def __init__(
-        self, shape: ModelShape, settings: Settings, gpus: tuple[Accelerator, ...]
+        self, shape: ModelShape, options: EngineOptions, gpus: tuple[Accelerator, ...]
     ) -> None:
         self.shape = shape
         self.arch = shape.arch
-        self.settings = settings
+        self.options = options
         self.gpus = gpus
         self.device_of_layer = self._layers()
         self.weights: Counter[int] = Counter()
@@ -144,10 +110,10 @@ class Placement:
     def _sum_up(self) -> None:
         shape, n_layer = self.shape, self.arch.n_layer
         # The engine skips the MTP block unless it is asked to draft.
-        n_loaded = self.arch.n_layer_all if self.settings.with_mtp else n_layer
+        n_loaded = self.arch.n_layer_all if self.options.with_mtp else n_layer
         for i, layer in enumerate(shape.layers[:n_loaded]):
             device = self.device_of_layer[i]
-            for_experts = -1 if i < self.settings.n_cpu_moe else device
+            for_experts = -1 if i < self.options.n_cpu_moe else device
             self.weights[device] += layer.rest
             self.weights[for_experts] += layer.experts
             if i < n_layer:
@@ -160,7 +126,7 @@ class Placement:
     def _layers(self) -> list[int]:
         """Devices of all blocks, and of the output behind them (llama-model.cpp, load_tensors)."""
         n_all = self.arch.n_layer_all + 1
-        n_gpu = self.settings.n_gpu_layers
+        n_gpu = self.options.n_gpu_layers
         n_gpu = n_all if n_gpu == ALL_LAYERS else min(n_gpu, n_all)
         if not self.gpus or not n_gpu:
             return [-1] * n_all
@@ -174,7 +140,7 @@ class Placement:
         """Bytes of experts in main memory whose layers an accelerator evaluates."""
         return sum(
             layer.experts
-            for i, layer in enumerate(self.shape.layers[: self.settings.n_cpu_moe])
+            for i, layer in enumerate(self.shape.layers[: self.options.n_cpu_moe])
             if self.device_of_layer[i] >= 0
         )
 
@@ -193,11 +159,11 @@ class Placement:
     def is_pipelined(self) -> bool:
         """Whether the engine overlaps devices, which copies the inputs (llama-context.cpp)."""
         is_whole = not self.has_host_layers and self.device_of_layer[-1] != -1
-        return len(self.gpus) > 1 and is_whole and not self.settings.n_cpu_moe
+        return len(self.gpus) > 1 and is_whole and not self.options.n_cpu_moe
 
     def kv_bytes(self, device: int) -> int:
         """KV cache on a device, of the context that drafts too."""
-        s = self.settings
+        s = self.options
         trunk = kv_bytes(self.arch, s.n_ctx, s.type_k, s.type_v)
         n_bytes = round(trunk * self.share(device, LayerKind.ATTENTION))
         if s.with_mtp and self.device_of_layer[-1] == device:
@@ -206,40 +172,24 @@ class Placement:
 
     def state_bytes(self, device: int) -> int:
         """Recurrent states on a device."""
-        s = self.settings
+        s = self.options
         whole = state_bytes(self.arch, s.n_seq_max, s.n_rs_seq)
         return round(whole * self.share(device, LayerKind.SSM))
 
-    def compute_bytes(self, sizes: GraphSizes) -> int:
+    def compute_bytes(self, *, on_gpu: bool) -> int:
         """Compute buffers of one device that evaluates layers."""
-        n_bytes = compute_bytes(self.arch, sizes)
-        if self.settings.with_mtp:
-            n_bytes += mtp_compute_bytes(self.arch, sizes)
+        n_bytes = compute_bytes(self.arch, self.options, on_gpu=on_gpu)
+        if self.options.with_mtp:
+            n_bytes += mtp_compute_bytes(self.arch, self.options, on_gpu=on_gpu)
         return n_bytes
 
 
-def graph_sizes(settings: Settings, *, on_gpu: bool = False) -> GraphSizes:
-    """The sizes that the compute buffer of these settings follows from."""
-    return GraphSizes(
-        n_ctx=settings.n_ctx,
-        n_ubatch=settings.n_ubatch,
-        n_seq_max=settings.n_seq_max,
-        n_rs_seq=settings.n_rs_seq,
-        n_outputs_max=settings.n_seq_max * (1 + settings.n_rs_seq),
-        type_k=settings.type_k,
-        type_v=settings.type_v,
-        dequantizes_kv=on_gpu,
-        alignment=_CUDA_ALIGNMENT if on_gpu else ALIGNMENT,
-    )
-
-
 def _gpu_use(placement: Placement, device: int) -> DeviceUse:
-    settings, gpu = placement.settings, placement.gpus[device]
-    sizes = graph_sizes(settings, on_gpu=True)
-    compute = placement.compute_bytes(sizes)
+    options, gpu = placement.options, placement.gpus[device]
+    compute = placement.compute_bytes(on_gpu=True)
     if placement.is_pipelined:
-        compute += (_N_PIPELINE_COPIES - 1) * input_bytes(placement.arch, sizes)
-    if settings.n_cpu_moe:
+        compute += (_N_PIPELINE_COPIES - 1) * input_bytes(placement.arch, options)
+    if options.n_cpu_moe:
         # Long prompts are evaluated on the device: a layer's experts are copied there for it.
         compute += placement.shape.largest_expert_bytes
     return DeviceUse(
@@ -250,27 +200,27 @@ def _gpu_use(placement: Placement, device: int) -> DeviceUse:
         compute_bytes=compute,
         overhead_bytes=DRIVER_BYTES,
         free_bytes=gpu.free_bytes,
-        margin_bytes=gpu_margin_bytes(settings),
+        margin_bytes=gpu_margin_bytes(options),
     )
 
 
 def _host_use(placement: Placement, hardware: Hardware) -> DeviceUse:
-    settings = placement.settings
-    sizes = graph_sizes(settings)
-    evaluates = placement.has_host_layers or placement.weights[-1] == sum(
-        placement.weights.values()
+    options = placement.options
+    compute = (
+        placement.compute_bytes(on_gpu=False)
+        if placement.has_host_layers or placement.weights[-1] == placement.weights.total()
+        else input_bytes(placement.arch, options)
     )
-    compute = placement.compute_bytes(sizes) if evaluates else input_bytes(placement.arch, sizes)
     return DeviceUse(
         name=HOST,
         weights_bytes=placement.weights[-1],
         kv_bytes=placement.kv_bytes(-1),
         state_bytes=placement.state_bytes(-1),
-        checkpoint_bytes=settings.checkpoint_bytes + settings.archive_bytes,
+        checkpoint_bytes=options.checkpoint_bytes + options.archive_bytes,
         compute_bytes=compute,
         # A head that drafts has logits of its own.
         output_bytes=output_bytes(
-            placement.arch, settings.n_seq_max * (1 + settings.n_rs_seq + settings.with_mtp)
+            placement.arch, options.n_outputs_max + options.n_seq_max * options.with_mtp
         ),
         overhead_bytes=PROCESS_BYTES + VOCABULARY_ENTRY_BYTES * placement.arch.n_vocab,
         free_bytes=hardware.host.available_bytes,
@@ -278,13 +228,13 @@ def _host_use(placement: Placement, hardware: Hardware) -> DeviceUse:
     )
 
 
-def gpu_margin_bytes(settings: Settings) -> int:
+def gpu_margin_bytes(options: EngineOptions) -> int:
     """What stays free on an accelerator.
 
     Attention takes memory while it runs that no buffer size shows; people who filled the card ran
     out near a million tokens, about 1 KiB a token above what had been reserved.
     """
-    return 256 * MIB + KIB * padded_n_ctx(settings.n_ctx)
+    return 256 * MIB + KIB * padded_n_ctx(options.n_ctx)
 
 
 def host_margin_bytes(hardware: Hardware) -> int:

@@ -11,12 +11,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nanorun.errors import EngineDied, EngineError, process_ending
-from nanorun.plan.memory_use import Settings
+from nanorun.model.engine_options import EngineOptions
 
 _TIMEOUT_S = 180.0
 _MEASURE_TIMEOUT_S = 3600.0
@@ -47,38 +47,46 @@ class Measurement:
     decode_tps: float
 
 
-def probe_contexts(path: Path, settings: Sequence[Settings]) -> list[dict[str, int]]:
+def probe_contexts(
+    path: Path, contexts: Sequence[EngineOptions], *, head: bool = False
+) -> list[dict[str, int]]:
     """What the engine says each context would take, on all devices, without loading weights.
 
     Args:
         path: The model, or a file with no more than its header.
-        settings: At least one; all place the layers as the first does.
+        contexts: At least one; all place the layers as the first does.
+        head: Ask about the contexts of the model's MTP head instead of the main ones.
+
+    Returns:
+        Bytes of each of `PROBED`, for each context.
 
     Raises:
         EngineError: If the engine refuses, or dies.
     """
-    request = {
-        "verb": "probe",
-        "path": str(path),
-        "placement": _placement(settings[0]),
-        "contexts": [_context(s) for s in settings],
-    }
-    answer = _ask(request, _TIMEOUT_S)
-    return [_flat(context) for context in answer["contexts"]]
+    return _probe(path, [(options, head) for options in contexts])
 
 
-def probe_plan(path: Path, settings: Settings) -> dict[str, int]:
-    """The same for a model as it is run: its context, and that of its head where that drafts."""
-    contexts = probe_contexts(path, _contexts(settings))
+def probe_plan(path: Path, options: EngineOptions) -> dict[str, int]:
+    """Bytes of each of `PROBED` for a model as it is run: its context and that of its MTP head."""
+    contexts = _probe(path, _contexts(options))
     return {part: sum(context[part] for context in contexts) for part in PROBED}
 
 
-def _contexts(settings: Settings) -> list[Settings]:
-    main = replace(settings, with_mtp=False)
-    return [main, replace(settings, n_rs_seq=0)] if settings.with_mtp else [main]
+def _contexts(options: EngineOptions) -> list[tuple[EngineOptions, bool]]:
+    """The contexts of a model as it is run, and whether each is the head's."""
+    return [(options, head) for head in ((False, True) if options.with_mtp else (False,))]
 
 
-def measure(path: Path, settings: Settings, n_fill: int) -> Measurement:
+def _probe(path: Path, contexts: Sequence[tuple[EngineOptions, bool]]) -> list[dict[str, int]]:
+    request = {"verb": "probe", "path": str(path), "contexts": [_to_json(*c) for c in contexts]}
+    return [_flat(context) for context in _ask(request, _TIMEOUT_S)["contexts"]]
+
+
+def _to_json(options: EngineOptions, head: bool) -> dict[str, Any]:
+    return {"options": asdict(options), "head": head}
+
+
+def measure(path: Path, options: EngineOptions, n_fill: int) -> Measurement:
     """Load a model for real, fill `n_fill` tokens of its context, and decode a little.
 
     Raises:
@@ -88,8 +96,7 @@ def measure(path: Path, settings: Settings, n_fill: int) -> Measurement:
     request = {
         "verb": "measure",
         "path": str(path),
-        "placement": _placement(settings),
-        "contexts": [_context(s) for s in _contexts(settings)],
+        "contexts": [_to_json(*context) for context in _contexts(options)],
         "n_fill": n_fill,
     }
     return Measurement(**_ask(request, _MEASURE_TIMEOUT_S))
@@ -103,22 +110,6 @@ def engine_devices() -> list[dict[str, Any]]:
     """
     devices: list[dict[str, Any]] = _ask({"verb": "devices"}, _TIMEOUT_S)["devices"]
     return devices
-
-
-def _placement(settings: Settings) -> dict[str, int]:
-    return {"n_gpu_layers": settings.n_gpu_layers, "n_cpu_moe": settings.n_cpu_moe}
-
-
-def _context(settings: Settings) -> dict[str, Any]:
-    return {
-        "n_ctx": settings.n_ctx,
-        "n_ubatch": settings.n_ubatch,
-        "n_seq_max": settings.n_seq_max,
-        "n_rs_seq": settings.n_rs_seq,
-        "type_k": settings.type_k.label,
-        "type_v": settings.type_v.label,
-        "mtp": settings.with_mtp,
-    }
 
 
 def _flat(context: Mapping[str, Any]) -> dict[str, int]:

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from nanorun.model.units import format_gib
-from nanorun.plan.memory_plan import Plan
+from nanorun.plan.explain import decisions
 from nanorun.plan.memory_use import PARTS, DeviceUse
+from nanorun.plan.plan import Plan
 
 _BAR_WIDTH = 50
 _TITLES = {
@@ -23,7 +24,7 @@ _TITLES = {
 
 def plan_keys(plan: Plan) -> dict[str, Any]:
     """The object that `plan --json` prints."""
-    s = plan.settings
+    s = plan.options
     return {
         "fits": True,
         "model": plan.shape.name,
@@ -41,7 +42,7 @@ def plan_keys(plan: Plan) -> dict[str, Any]:
         "decode_tps": round(plan.speed.decode_tps, 2),
         "prefill_tps": round(plan.speed.prefill_tps, 2),
         "uncertainty": plan.speed.uncertainty,
-        "why": plan.why,
+        "why": decisions(plan),
         "tries": [],
     }
 
@@ -59,7 +60,7 @@ def render_plan(plan: Plan) -> str:
     lines = [_headline(plan), ""]
     for use in plan.uses:
         lines += [*_device_lines(use), ""]
-    lines += [f"  {line}" for line in plan.why]
+    lines += [f"  {line}" for line in decisions(plan)]
     return "\n".join(lines) + "\n"
 
 
@@ -67,7 +68,7 @@ def _headline(plan: Plan) -> str:
     recipe = f" ({plan.shape.recipe})" if plan.shape.recipe else ""
     return (
         f"{plan.shape.name}{recipe} on {plan.hardware.name}:"
-        f" n_ctx {plan.settings.n_ctx:,}, {plan.speed.render()}"
+        f" n_ctx {plan.options.n_ctx:,}, {plan.speed.render()}"
     )
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from nanorun.model.engine_options import ALL_LAYERS, EngineOptions
 from nanorun.model.footprint import state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.units import format_gib
 from nanorun.plan.machine.hardware import HOST, Hardware
-from nanorun.plan.memory_plan import Plan, Wish, plan_shape
-from nanorun.plan.memory_use import ALL_LAYERS, DeviceUse, Settings
+from nanorun.plan.memory_plan import plan_shape
+from nanorun.plan.memory_use import DeviceUse
+from nanorun.plan.plan import Plan, Wish
 
 # Of what a plan takes beside the weights, what the smaller ones are given.
 _SHARES = (0.6, 0.35, 0.2, 0.1)
@@ -45,13 +47,13 @@ def smaller_plans(plan: Plan) -> list[SmallerPlan]:
             continue
         smaller = _at_most(smaller, last, share)
         if _scarce_bytes(smaller) < _scarce_bytes(last):
-            change = describe_change(last.settings, smaller.settings)
+            change = describe_change(last.options, smaller.options)
             found.append(SmallerPlan(smaller, change))
             last = smaller
     return found
 
 
-def describe_change(before: Settings, after: Settings) -> str:
+def describe_change(before: EngineOptions, after: EngineOptions) -> str:
     """What differs between two ways to open a model, the most noticeable first."""
     changes = [
         f"{name} {old} -> {new}"
@@ -72,12 +74,12 @@ def describe_change(before: Settings, after: Settings) -> str:
     return ", ".join(changes)
 
 
-def _layers(settings: Settings) -> str:
-    return "all" if settings.n_gpu_layers == ALL_LAYERS else str(settings.n_gpu_layers)
+def _layers(options: EngineOptions) -> str:
+    return "all" if options.n_gpu_layers == ALL_LAYERS else str(options.n_gpu_layers)
 
 
-def _saved_bytes(settings: Settings) -> int:
-    return settings.checkpoint_bytes + settings.archive_bytes
+def _saved_bytes(options: EngineOptions) -> int:
+    return options.checkpoint_bytes + options.archive_bytes
 
 
 def _less_and_less(plan: Plan) -> Iterator[tuple[float, Hardware]]:
@@ -135,13 +137,14 @@ def _plan_within(last: Plan, hardware: Hardware) -> Plan | None:
 
 def _wishes(last: Plan) -> Iterator[Wish]:
     """What may be asked for, at most what there was: some context goes, then requests, then all."""
-    settings = last.settings
-    for n_parallel in _halvings(settings.n_parallel, 1):
-        shortest = _SHORTEST_N_CTX if n_parallel == 1 else settings.n_ctx // 4
-        for n_ctx in _halvings(settings.n_ctx, max(_SHORTEST_N_CTX, shortest)):
-            wish = replace(last.wish, n_ctx=n_ctx, n_parallel=n_parallel)
-            if settings.type_k is not GgmlType.F16:
-                yield replace(wish, type_kv=settings.type_k)
+    options = last.options
+    for n_parallel in _halvings(options.n_parallel, 1):
+        shortest = _SHORTEST_N_CTX if n_parallel == 1 else options.n_ctx // 4
+        for n_ctx in _halvings(options.n_ctx, max(_SHORTEST_N_CTX, shortest)):
+            fixed = replace(last.wish.fixed, n_parallel=n_parallel)
+            wish = replace(last.wish, n_ctx=n_ctx, fixed=fixed)
+            if options.type_k is not GgmlType.F16:
+                yield replace(wish, type_kv=options.type_k)
             yield wish
 
 
@@ -154,14 +157,15 @@ def _halvings(number: int, least: int) -> Iterator[int]:
 
 def _at_most(smaller: Plan, last: Plan, share: float) -> Plan:
     """The plan without what it would take more of, and with a share of the room for prompts."""
-    settings, before = smaller.settings, last.settings
+    options, before = smaller.options, last.options
     least = 2 * state_bytes(smaller.shape.arch)
     checkpoints = max(least, round(share * before.checkpoint_bytes))
-    settings = replace(
-        settings,
-        n_ubatch=min(settings.n_ubatch, before.n_ubatch),
-        n_seq_spare=min(settings.n_seq_spare, before.n_seq_spare),
-        checkpoint_bytes=min(settings.checkpoint_bytes, checkpoints),
-        archive_bytes=min(settings.archive_bytes, round(share * before.archive_bytes)),
+    options = replace(
+        options,
+        n_batch=min(options.n_batch, before.n_batch),
+        n_ubatch=min(options.n_ubatch, before.n_ubatch),
+        n_seq_spare=min(options.n_seq_spare, before.n_seq_spare),
+        checkpoint_bytes=min(options.checkpoint_bytes, checkpoints),
+        archive_bytes=min(options.archive_bytes, round(share * before.archive_bytes)),
     )
-    return replace(smaller, settings=settings)
+    return replace(smaller, options=options)

@@ -12,9 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nanorun.model.arch import HybridArch, LayerKind
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.footprint import kv_bytes_per_token, state_bytes
 from nanorun.plan.machine.hardware import Hardware
-from nanorun.plan.memory_use import Placement, Settings
+from nanorun.plan.memory_use import Placement
 from nanorun.plan.shape import ModelShape
 
 # Of the bandwidth on paper, what decoding gets; fitted to published speeds of Nemotron-H models
@@ -69,7 +70,7 @@ class SpeedEstimate:
 
 def estimate_speed(
     shape: ModelShape,
-    settings: Settings,
+    options: EngineOptions,
     hardware: Hardware,
     *,
     calibration: Calibration | None = None,
@@ -79,14 +80,14 @@ def estimate_speed(
 
     Args:
         shape: The model.
-        settings: Where its layers are.
+        options: Where its layers are.
         hardware: The machine.
         calibration: A measurement of the device that evaluates the layers, if there is one.
         n_past: Tokens that are in the context already.
     """
-    gpus = hardware.accelerators if settings.n_gpu_layers else ()
-    placement = Placement(shape, settings, gpus)
-    work = _work(placement, settings, n_past)
+    gpus = hardware.accelerators if options.n_gpu_layers else ()
+    placement = Placement(shape, options, gpus)
+    work = _work(placement, options, n_past)
     decode_s = sum(
         work[device] / _bandwidth(hardware, device, calibration)
         + placement.device_of_layer[:-1].count(device) * _layer_s(device, calibration)
@@ -94,14 +95,14 @@ def estimate_speed(
     )
     return SpeedEstimate(
         decode_tps=1 / decode_s,
-        prefill_tps=1 / _prefill_s(placement, settings, hardware, calibration),
+        prefill_tps=1 / _prefill_s(placement, options, hardware, calibration),
         uncertainty=_uncertainty(hardware, bool(gpus), calibration),
     )
 
 
-def decode_bytes(shape: ModelShape, settings: Settings, n_past: int = 0) -> int:
+def decode_bytes(shape: ModelShape, options: EngineOptions, n_past: int = 0) -> int:
     """Bytes that a decoded token reads and writes, wherever they lie."""
-    return sum(_work(Placement(shape, settings, ()), settings, n_past).values())
+    return sum(_work(Placement(shape, options, ()), options, n_past).values())
 
 
 def prefill_flops_per_token(arch: HybridArch) -> float:
@@ -123,10 +124,10 @@ def prefill_flops_per_token(arch: HybridArch) -> float:
     return 2.0 * (experts + shared + dense + ssm + attention)
 
 
-def _work(placement: Placement, settings: Settings, n_past: int) -> Counter[int]:
+def _work(placement: Placement, options: EngineOptions, n_past: int) -> Counter[int]:
     """Bytes a decoded token moves, by device."""
     arch, work = placement.arch, Counter(placement.read)
-    kv = kv_bytes_per_token(arch, settings.type_k, settings.type_v) * n_past / _KV_SHARE
+    kv = kv_bytes_per_token(arch, options.type_k, options.type_v) * n_past / _KV_SHARE
     states = 2 * state_bytes(arch)  # read and written
     for device in set(placement.device_of_layer):
         work[device] += round(kv * placement.share(device, LayerKind.ATTENTION))
@@ -136,7 +137,7 @@ def _work(placement: Placement, settings: Settings, n_past: int) -> Counter[int]
 
 def _prefill_s(
     placement: Placement,
-    settings: Settings,
+    options: EngineOptions,
     hardware: Hardware,
     calibration: Calibration | None,
 ) -> float:
@@ -147,7 +148,7 @@ def _prefill_s(
     gpu = placement.gpus[0]
     compute_s = flops / ((gpu.flops or _GPU_FLOPS) * _GPU_FLOPS_SHARE)
     # Each batch reads every weight of the device once, and brings the host's experts over.
-    n_batch = settings.n_ubatch
+    n_batch = options.n_ubatch
     on_gpu = sum(n for device, n in placement.weights.items() if device >= 0)
     read_s = on_gpu / (_gpu_bandwidth(hardware, 0)) / n_batch
     return compute_s + read_s + placement.experts_on_host / _PCIE_BANDWIDTH / n_batch

@@ -12,8 +12,8 @@ from nanorun.model.footprint import output_bytes, padded_n_ctx
 from nanorun.model.units import MIB, format_gib
 from nanorun.plan.graph.compute_graph import mask_bytes
 from nanorun.plan.machine.hardware import HOST
-from nanorun.plan.memory_plan import Plan
 from nanorun.plan.memory_use import DeviceUse
+from nanorun.plan.plan import Plan
 from nanorun.plan.probe import PROBED, Measurement
 from nanorun.plan.report import device_keys
 
@@ -52,9 +52,8 @@ def _predicted(plan: Plan, part: str) -> int:
 
 def _output_for_guesses(plan: Plan) -> int:
     """Rows of logits that the engine only adds when they are first asked for."""
-    arch, settings = plan.shape.arch, plan.settings
-    n_seq = settings.n_seq_max
-    return output_bytes(arch, n_seq * (1 + settings.n_rs_seq)) - output_bytes(arch, n_seq)
+    arch, options = plan.shape.arch, plan.options
+    return output_bytes(arch, options.n_outputs_max) - output_bytes(arch, options.n_seq_max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +98,10 @@ class Verification:
 
     def _untouched_bytes(self) -> int:
         """Of the mask, what is reserved but never written, as the context is not full."""
-        settings = self.plan.settings
-        n_used = min(settings.n_ctx, padded_n_ctx(self.n_fill))
-        whole = mask_bytes(settings.n_ctx, settings.n_ubatch)
-        return whole - mask_bytes(n_used, settings.n_ubatch)
+        options = self.plan.options
+        n_used = min(options.n_ctx, padded_n_ctx(self.n_fill))
+        whole = mask_bytes(options.n_ctx, options.n_ubatch)
+        return whole - mask_bytes(n_used, options.n_ubatch)
 
     @property
     def max_error(self) -> float:

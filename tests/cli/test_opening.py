@@ -17,6 +17,8 @@ from tests.cli.conftest import FakeEngine, Result
 from tests.plan.profiles import profile
 
 GIB = 2**30
+ALONE = EngineOptions(n_parallel=1)
+KEEPING = EngineOptions(n_parallel=1, state_dir="/states")
 Run = Callable[..., Result]
 
 
@@ -80,14 +82,14 @@ def test_context_that_cannot_be_meant_is_refused_before_loading(
 
 
 def test_context_of_an_endpoint_may_hold_several_texts(pico_gguf: Path) -> None:
-    opening = plan_opening("pico", pico_gguf, "16k", command="serve", keeps_texts=True)
+    opening = plan_opening("pico", pico_gguf, "16k", command="serve", fixed=ALONE, keeps_texts=True)
     assert opening.options.n_ctx == 16384
     with pytest.raises(UsageError, match="outside what pico was trained for: 1 to 4,096"):
-        plan_opening("pico", pico_gguf, "16k", command="chat")
+        plan_opening("pico", pico_gguf, "16k", command="chat", fixed=ALONE)
 
 
 def test_states_are_kept_by_every_plan(pico_gguf: Path) -> None:
-    opening = plan_opening("pico", pico_gguf, None, command="chat", state_dir="/states")
+    opening = plan_opening("pico", pico_gguf, None, command="chat", fixed=KEEPING)
     assert opening.options.n_ctx == 4096  # what pico was trained for, less than the default
     assert {o.state_dir for o in (opening.options, *(o for o, _ in opening.smaller))} == {"/states"}
 
@@ -97,9 +99,9 @@ def test_file_is_named_as_the_person_named_it(
 ) -> None:
     on(monkeypatch, profile("cpu-24g").restricted(ram=2**28))
     with pytest.raises(MemoryPlanError, match=r"^pico at n_ctx 4,096 needs"):
-        plan_opening("pico", pico_gguf, None, command="chat")
+        plan_opening("pico", pico_gguf, None, command="chat", fixed=ALONE)
     with pytest.raises(UsageError, match=r"^n_ctx 8,192 is outside what pico was trained for"):
-        plan_opening("pico", pico_gguf, "8k", command="chat")
+        plan_opening("pico", pico_gguf, "8k", command="chat", fixed=ALONE)
 
 
 def test_memory_is_logged_beside_the_plan(caplog: pytest.LogCaptureFixture) -> None:
@@ -119,7 +121,7 @@ def test_memory_is_logged_beside_the_plan(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_every_way_to_open_a_model_has_its_memory(pico_gguf: Path) -> None:
-    opening = plan_opening("pico", pico_gguf, None, command="chat", state_dir="/states")
+    opening = plan_opening("pico", pico_gguf, None, command="chat", fixed=KEEPING)
     assert opening.smaller
     for options in (opening.options, *(options for options, _ in opening.smaller)):
         assert opening.planned_bytes[options] > pico_gguf.stat().st_size

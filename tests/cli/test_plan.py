@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from nanorun.cli.app import invoke
-from nanorun.cli.planning import engine_options, parse_wish
+from nanorun.cli.planning import parse_wish
 from nanorun.cli.shapes import shape_of_file
 from nanorun.errors import MemoryPlanError, UsageError
 from nanorun.model.engine_options import EngineOptions
@@ -118,8 +118,6 @@ def test_model_that_does_not_fit_says_so_in_json(capsys: pytest.CaptureFixture[s
         (["--draft", "magic"], 2, "--draft magic: it is off, lookup or mtp"),
         (["--verify", "--device", "cpu"], 2, "nano is not a file"),
         (["--probe"], 2, "cannot be asked about CUDA0 of"),
-        (["--plot", "x.png"], 2, "--plot x.png: the file's name must end in .svg"),
-        (["--plot", "/missing/x.svg"], 1, "/missing/x.svg cannot be written: No such file"),
         (["--ram", "1GiB", "--vram", "1GiB"], 4, "but CPU has 1.0 GiB free"),
         (["--parallel", "250", "--device", "cpu", "--ram", "18GiB"], 4, "SSM state 11.6 GiB"),
     ],
@@ -156,12 +154,11 @@ def test_recipe_of_a_file_is_refused(tiny: Path) -> None:
 
 
 def test_options_open_the_engine_as_planned(tiny: Path) -> None:
-    wish = parse_wish("2048", default_n_ctx=8192, n_parallel=2)
-    options = engine_options(plan_model([shape_of_file("tiny", tiny)], profile("rtx-4090"), wish))
-    assert isinstance(options, EngineOptions)
+    wish = parse_wish("2048", default_n_ctx=8192, fixed=EngineOptions(n_parallel=2))
+    options = plan_model([shape_of_file("tiny", tiny)], profile("rtx-4090"), wish).options
     assert (options.n_ctx, options.n_parallel, options.n_gpu_layers) == (2048, 2, -1)
-    assert options.type_k == "f16"
-    assert options.n_batch >= options.n_ubatch
+    assert options.type_k is GgmlType.F16
+    assert options.n_batch == options.n_ubatch
 
 
 def test_options_leave_experts_on_the_host_where_the_plan_does(tmp_path: Path) -> None:
@@ -171,11 +168,11 @@ def test_options_leave_experts_on_the_host_where_the_plan_does(tmp_path: Path) -
     write_shape(path, NANO, types)
     wish = parse_wish("32k", default_n_ctx=8192)
     plan = plan_model([shape_of_file("nano", path)], profile("rtx-3060-12g"), wish)
-    options = engine_options(plan)
+    options = plan.options
     assert options.n_gpu_layers == -1
     assert 0 < options.n_cpu_moe < 52
     smaller = smaller_plans(plan)
-    n_cpu_moe = [engine_options(less.plan).n_cpu_moe for less in smaller]
+    n_cpu_moe = [less.plan.options.n_cpu_moe for less in smaller]
     assert n_cpu_moe == sorted(n_cpu_moe)
     assert smaller[0].change.startswith(
         f"blocks with experts in main memory {options.n_cpu_moe} -> "
@@ -198,17 +195,6 @@ def test_probe_of_a_model_that_is_not_here_agrees(
     assert set(shown["probed"]) == {"kv_bytes", "state_bytes", "compute_bytes", "output_bytes"}
     for part, n_bytes in shown["probed"].items():
         assert n_bytes == pytest.approx(device[part], rel=0.001, abs=6000), part
-
-
-def test_plot_is_written_beside_the_plan(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "nano.svg"
-    shown = plan_json(capsys, "nano:q4_0", "--plot", str(path), *ON_4090)
-    assert shown["plot"] == str(path)
-    assert path.read_text().startswith("<svg ")
-    assert invoke(["plan", "nano:q4_0", "--plot", str(path), *ON_4090]) == 0
-    assert capsys.readouterr().out.endswith(f"plot: {path}\n")
 
 
 def test_probe_of_a_file_is_shown_as_a_table(

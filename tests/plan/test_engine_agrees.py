@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from nanorun.model.arch import HybridArch
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.footprint import kv_bytes, mtp_kv_bytes, output_bytes, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import expected_tensors
 from nanorun.plan.graph.compute_graph import compute_bytes, mtp_compute_bytes
-from nanorun.plan.memory_use import Settings, graph_sizes
 from nanorun.plan.probe import probe_contexts
 from nanorun_converters.family.config import arch_from_config
 from nanorun_converters.opened.shape_file import write_shape
@@ -42,48 +42,50 @@ def pico() -> HybridArch:
     return arch_from_config(source.read_json("config.json"), "config.json")
 
 
-def settings(
-    n_ctx: int, n_ubatch: int, kv: GgmlType, n_seq: int, n_rs_seq: int, *, mtp: bool = False
-) -> Settings:
-    return Settings(
-        n_ctx=n_ctx, n_ubatch=n_ubatch, type_k=kv, type_v=kv, n_parallel=n_seq, n_seq_spare=0,
-        n_gpu_layers=0, n_rs_seq=n_rs_seq, with_mtp=mtp,
+def options(
+    n_ctx: int, n_ubatch: int, kv: GgmlType, n_seq: int, n_draft: int, speculation: str = "lookup"
+) -> EngineOptions:
+    return EngineOptions(
+        n_ctx=n_ctx, n_batch=n_ubatch, n_ubatch=n_ubatch, type_k=kv, type_v=kv, n_parallel=n_seq,
+        n_seq_spare=0, n_gpu_layers=0, speculation=speculation, n_draft=n_draft,
     )  # fmt: skip
 
 
-def predicted_context(arch: HybridArch, s: Settings) -> dict[str, int]:
+def predicted_context(arch: HybridArch, s: EngineOptions, *, head: bool) -> dict[str, int]:
     """What the formulas say, by the names of the engine's answer."""
     # Rows for drafted tokens are added when they are first asked for.
     output = output_bytes(arch, s.n_seq_max)
-    if s.with_mtp:
+    if head:
         return {
             "kv": mtp_kv_bytes(arch, s.n_ctx, s.type_k, s.type_v),
             "state": 0,
-            "compute": mtp_compute_bytes(arch, graph_sizes(s)),
+            "compute": mtp_compute_bytes(arch, s),
             "output": output,
         }
     return {
         "kv": kv_bytes(arch, s.n_ctx, s.type_k, s.type_v),
         "state": state_bytes(arch, s.n_seq_max, s.n_rs_seq),
-        "compute": compute_bytes(arch, graph_sizes(s)),
+        "compute": compute_bytes(arch, s),
         "output": output,
     }
 
 
-def check(folder: Path, arch: HybridArch, contexts: list[Settings]) -> None:
+def check(
+    folder: Path, arch: HybridArch, contexts: list[EngineOptions], *, head: bool = False
+) -> None:
     path = folder / "shape.gguf"
     types = {s.name: Q4_0 if s.quantizable else GgmlType.F32
              for s in expected_tensors(arch).values()}  # fmt: skip
     write_shape(path, arch, types)
-    reckoned = [r for part in _dozens(contexts) for r in probe_contexts(path, part)]
+    reckoned = [r for part in _dozens(contexts) for r in probe_contexts(path, part, head=head)]
     for context, probed in zip(contexts, reckoned, strict=True):
-        predicted = predicted_context(arch, context)
+        predicted = predicted_context(arch, context, head=head)
         for part, n_bytes in predicted.items():
             assert abs(n_bytes - probed[part]) <= PRINTED, (part, context)
         assert sum(predicted.values()) == pytest.approx(sum(probed.values()), rel=0.01)
 
 
-def _dozens(contexts: list[Settings]) -> Iterator[list[Settings]]:
+def _dozens(contexts: list[EngineOptions]) -> Iterator[list[EngineOptions]]:
     for start in range(0, len(contexts), 12):
         yield contexts[start : start + 12]
 
@@ -91,10 +93,10 @@ def _dozens(contexts: list[Settings]) -> Iterator[list[Settings]]:
 @pytest.mark.parametrize("arch", [TINY_MOE, TINY_PUZZLE, TINY_DENSE, NANO, LIGHTNING, NANO_4B])
 def test_formulas_are_what_the_engine_reckons(arch: HybridArch, tmp_path: Path) -> None:
     contexts = [
-        settings(8192, 512, F16, 1, 0),
-        settings(1048576 if arch.n_embd > 64 else 65536, 128, Q4_0, 1, 0),
-        settings(1000, 500, Q8_0, 3, 1),
-        settings(512, 2048, F16, 2, 0),
+        options(8192, 512, F16, 1, 0),
+        options(1048576 if arch.n_embd > 64 else 65536, 128, Q4_0, 1, 0),
+        options(1000, 500, Q8_0, 3, 1),
+        options(512, 2048, F16, 2, 0),
     ]
     # A million cells of KV are reckoned, not allocated.
     check(tmp_path, arch, contexts)
@@ -102,14 +104,15 @@ def test_formulas_are_what_the_engine_reckons(arch: HybridArch, tmp_path: Path) 
 
 @pytest.mark.parametrize("arch", [TINY_LATENT_MTP, LIGHTNING])
 def test_formulas_hold_for_the_context_that_drafts(arch: HybridArch, tmp_path: Path) -> None:
-    contexts = [settings(4096, 512, F16, 1, 0, mtp=True), settings(8192, 64, Q8_0, 4, 0, mtp=True)]
+    contexts = [options(4096, 512, F16, 1, 3, "mtp"), options(8192, 64, Q8_0, 4, 1, "mtp")]
     check(tmp_path, arch, contexts)
+    check(tmp_path, arch, contexts, head=True)
 
 
-def grid() -> Iterator[Settings]:
+def grid() -> Iterator[EngineOptions]:
     for n_ctx, n_ubatch, kv in product((256, 8192, 131072, 1048576), (64, 512, 1024), (F16, Q8_0)):
-        for n_seq, n_rs_seq in ((1, 0), (2, 1)):
-            yield settings(n_ctx, n_ubatch, kv, n_seq, n_rs_seq)
+        for n_seq, n_draft in ((1, 0), (2, 1)):
+            yield options(n_ctx, n_ubatch, kv, n_seq, n_draft)
 
 
 @pytest.mark.slow
@@ -121,5 +124,5 @@ def test_formulas_hold_over_a_grid(name: str, tmp_path: Path) -> None:
     assert len(contexts) == 48
     check(tmp_path, arch, contexts)
     if arch.n_layer_nextn:
-        drafting = [replace(s, with_mtp=True) for s in contexts if not s.n_rs_seq]
-        check(tmp_path, arch, drafting)
+        drafting = [replace(s, speculation="mtp") for s in contexts]
+        check(tmp_path, arch, drafting, head=True)

@@ -10,10 +10,13 @@ import pytest
 
 from nanorun.errors import MemoryPlanError, UsageError
 from nanorun.library import CATALOG
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.footprint import state_bytes
 from nanorun.model.ggml_type import GgmlType
-from nanorun.plan.memory_plan import Plan, Wish, longest_n_ctx, plan_model
-from nanorun.plan.memory_use import Settings, device_uses
+from nanorun.plan.explain import decisions
+from nanorun.plan.memory_plan import longest_n_ctx, plan_model
+from nanorun.plan.memory_use import device_uses
+from nanorun.plan.plan import Plan, Wish
 from nanorun.plan.report import plan_keys, render_plan
 from nanorun.plan.shape import ModelShape, shape_of_recipe, shapes_of_recipes
 from tests.model.known_archs import LIGHTNING, NANO
@@ -22,6 +25,7 @@ from tests.plan.profiles import NAMES, profile
 GIB, MIB = 2**30, 2**20
 GOLDEN = Path(__file__).parents[1] / "golden" / "plan"
 K = 1024
+TWO = EngineOptions(n_parallel=2)
 
 
 @cache
@@ -55,7 +59,7 @@ def test_plans_keep_to_the_memory_there_is(name: str, n_ctx: int | None) -> None
     made = plan(name, n_ctx)
     for use in made.uses:
         assert use.total_bytes + use.margin_bytes <= use.free_bytes
-    assert made.settings.n_ctx >= (n_ctx or 32 * K)
+    assert made.options.n_ctx >= (n_ctx or 32 * K)
     assert made.speed.decode_tps > 1
 
 
@@ -72,7 +76,7 @@ def test_plans_keep_to_the_memory_there_is(name: str, n_ctx: int | None) -> None
 def test_four_bits_stay_on_the_card(machine: str, recipe: str, n_ctx: int) -> None:
     shape = shape_of_recipe("nano", NANO, recipe)
     made = plan_model([shape], profile(machine), Wish(n_ctx=n_ctx))
-    assert (made.settings.n_gpu_layers, made.settings.n_cpu_moe) == (-1, 0)
+    assert (made.options.n_gpu_layers, made.options.n_cpu_moe) == (-1, 0)
 
 
 def test_recipes_for_a_number_format_are_taken_only_when_asked_for() -> None:
@@ -95,30 +99,30 @@ def test_recipe_that_does_not_fit_comes_with_the_choice_of_another() -> None:
 
 def test_experts_go_to_the_host_before_layers_do() -> None:
     made = plan_model([q4_0()], profile("rtx-3060-12g"), Wish(n_ctx=32 * K))
-    assert made.settings.n_gpu_layers == -1
-    assert 0 < made.settings.n_cpu_moe < 52
+    assert made.options.n_gpu_layers == -1
+    assert 0 < made.options.n_cpu_moe < 52
     # One layer of experts fewer on the host does not fit: the last counted block has experts.
-    assert NANO.layers[made.settings.n_cpu_moe - 1] == "E"
+    assert NANO.layers[made.options.n_cpu_moe - 1] == "E"
 
 
 def test_layers_go_to_the_host_once_all_experts_did() -> None:
     machine = profile("rtx-3060-12g").restricted(vram=2 * GIB)
     made = plan_model([q4_0()], machine, Wish(n_ctx=32 * K))
-    assert made.settings.n_cpu_moe == 52
-    assert 0 < made.settings.n_gpu_layers < 53
+    assert made.options.n_cpu_moe == 52
+    assert 0 < made.options.n_gpu_layers < 53
 
 
 def test_small_context_costs_no_comfort() -> None:
     made = plan("rtx-4090", 8 * K, type_kv=None)
-    assert made.settings.type_k is GgmlType.F16
-    assert made.settings.n_ubatch == 512
+    assert made.options.type_k is GgmlType.F16
+    assert made.options.n_ubatch == 512
 
 
 def test_max_is_the_longest_context_that_fits() -> None:
     machine = replace(profile("cpu-24g"))
     machine = machine.restricted(ram=20 * GIB)
     made = plan_model([q4_0()], machine, Wish(n_ctx=None, type_kv=GgmlType.Q8_0))
-    longest = made.settings.n_ctx
+    longest = made.options.n_ctx
     assert 256 * K < longest < 1024 * K
     plan_model([q4_0()], machine, Wish(n_ctx=longest))
     with pytest.raises(MemoryPlanError):
@@ -137,7 +141,7 @@ def test_quantized_kv_is_never_4_bits_on_unified_memory() -> None:
     for gib in range(22, 34):
         machine = profile("dgx-spark").restricted(vram=gib * GIB, ram=gib * GIB)
         try:
-            types.add(plan_model([q4_0()], machine, Wish(n_ctx=1024 * K)).settings.type_k)
+            types.add(plan_model([q4_0()], machine, Wish(n_ctx=1024 * K)).options.type_k)
         except MemoryPlanError:
             continue
     assert types == {GgmlType.F16, GgmlType.Q8_0}
@@ -146,10 +150,10 @@ def test_quantized_kv_is_never_4_bits_on_unified_memory() -> None:
 def test_weights_are_placed_once() -> None:
     shape = q4_0()
     for settings in (
-        Settings(n_ctx=8 * K),
-        Settings(n_ctx=8 * K, n_cpu_moe=20),
-        Settings(n_ctx=8 * K, n_gpu_layers=30),
-        Settings(n_ctx=8 * K, n_gpu_layers=0),
+        EngineOptions(n_parallel=1, n_ctx=8 * K),
+        EngineOptions(n_parallel=1, n_ctx=8 * K, n_cpu_moe=20),
+        EngineOptions(n_parallel=1, n_ctx=8 * K, n_gpu_layers=30),
+        EngineOptions(n_parallel=1, n_ctx=8 * K, n_gpu_layers=0),
     ):
         uses = device_uses(shape, settings, profile("2x-rtx-3090"))
         assert sum(use.weights_bytes for use in uses) == shape.weights_bytes
@@ -160,8 +164,10 @@ def test_weights_are_placed_once() -> None:
 def test_head_for_drafting_is_not_loaded_unasked() -> None:
     lightning = shape_of_recipe("lightning", LIGHTNING, "q4_0")
     machine = profile("cpu-24g")
-    (without,) = device_uses(lightning, Settings(n_ctx=8 * K), machine)
-    (with_mtp,) = device_uses(lightning, Settings(n_ctx=8 * K, with_mtp=True), machine)
+    (without,) = device_uses(lightning, EngineOptions(n_parallel=1, n_ctx=8 * K), machine)
+    (with_mtp,) = device_uses(
+        lightning, EngineOptions(n_parallel=1, n_ctx=8 * K, speculation="mtp", n_draft=0), machine
+    )
     assert without.weights_bytes == q4_0().weights_bytes
     assert with_mtp.weights_bytes == lightning.weights_bytes
     assert with_mtp.kv_bytes - without.kv_bytes == 8 * K * 1024
@@ -169,12 +175,12 @@ def test_head_for_drafting_is_not_loaded_unasked() -> None:
 
 def test_two_states_at_least_are_kept_on_the_host() -> None:
     made = plan("cpu-24g", 1024 * K)
-    assert made.settings.checkpoint_bytes >= 2 * state_bytes(NANO)
+    assert made.options.checkpoint_bytes >= 2 * state_bytes(NANO)
 
 
 def test_every_decision_has_its_line() -> None:
     made = plan("rtx-3060-12g", 256 * K)
-    starts = [line.partition(" ")[0].rstrip(":") for line in made.why]
+    starts = [line.partition(" ")[0].rstrip(":") for line in decisions(made)]
     assert starts[:7] == ["recipe", "placement", "n_ctx", "KV", "n_ubatch", "n_seq_max",
                           "checkpoints"]  # fmt: skip
     text = render_plan(made)
@@ -184,8 +190,8 @@ def test_every_decision_has_its_line() -> None:
 def test_time_to_load_is_told_where_the_disk_is_known() -> None:
     machine = replace(profile("cpu-24g"), disk_bandwidth=2e9)
     made = plan_model([q4_0()], machine, Wish(n_ctx=8 * K))
-    assert "loading: about 9 s from a disk that reads 2.0 GB/s" in made.why
-    assert not any("loading" in line for line in plan("cpu-24g", 8 * K).why)
+    assert "loading: about 9 s from a disk that reads 2.0 GB/s" in decisions(made)
+    assert not any("loading" in line for line in decisions(plan("cpu-24g", 8 * K)))
 
 
 @pytest.mark.parametrize("n_ctx", [0, -1, 1024 * K + 1, 2 * 1024 * K])
@@ -195,21 +201,23 @@ def test_context_that_the_model_never_saw_is_refused(n_ctx: int) -> None:
 
 
 def test_requests_at_a_time_share_a_longer_context() -> None:
-    made = plan_model([q4_0()], profile("dgx-spark"), Wish(n_ctx=2048 * K, n_parallel=2))
-    assert made.settings.n_ctx == 2048 * K
+    made = plan_model([q4_0()], profile("dgx-spark"), Wish(n_ctx=2048 * K, fixed=TWO))
+    assert made.options.n_ctx == 2048 * K
     with pytest.raises(UsageError, match="1 to 1,048,576 for each of 2 requests"):
-        plan_model([q4_0()], profile("dgx-spark"), Wish(n_ctx=2049 * K, n_parallel=2))
+        plan_model([q4_0()], profile("dgx-spark"), Wish(n_ctx=2049 * K, fixed=TWO))
 
 
 @pytest.mark.parametrize("n_parallel", [0, -3, 257])
 def test_more_sequences_than_the_engine_keeps_are_refused(n_parallel: int) -> None:
     with pytest.raises(UsageError, match="the engine keeps 1 to 256 apart"):
-        plan("rtx-4090", 8 * K, n_parallel=n_parallel)
+        plan("rtx-4090", 8 * K, fixed=EngineOptions(n_parallel=n_parallel))
 
 
 def test_states_of_many_requests_are_counted() -> None:
     with pytest.raises(MemoryPlanError):
-        plan_model([q4_0()], profile("cpu-24g"), Wish(n_ctx=8 * K, n_parallel=200))
+        plan_model(
+            [q4_0()], profile("cpu-24g"), Wish(n_ctx=8 * K, fixed=EngineOptions(n_parallel=200))
+        )
 
 
 def test_plan_that_does_not_exist_says_what_would_help() -> None:

@@ -5,10 +5,11 @@ from functools import cache
 
 import pytest
 
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.footprint import state_bytes
 from nanorun.model.ggml_type import GgmlType
-from nanorun.plan.memory_plan import Plan, Wish, plan_model
-from nanorun.plan.memory_use import Settings
+from nanorun.plan.memory_plan import plan_model
+from nanorun.plan.plan import Plan, Wish
 from nanorun.plan.shape import ModelShape, shape_of_recipe
 from nanorun.plan.smaller import describe_change, smaller_plans
 from tests.model.known_archs import NANO
@@ -23,7 +24,9 @@ def q4_0() -> ModelShape:
 
 
 def plan(machine: str, n_ctx: int, n_parallel: int = 1) -> Plan:
-    return plan_model([q4_0()], profile(machine), Wish(n_ctx=n_ctx, n_parallel=n_parallel))
+    return plan_model(
+        [q4_0()], profile(machine), Wish(n_ctx=n_ctx, fixed=EngineOptions(n_parallel=n_parallel))
+    )
 
 
 def scarce(plan: Plan) -> int:
@@ -39,7 +42,7 @@ def test_each_is_smaller_than_the_one_before(machine: str, n_ctx: int, n_paralle
     found = smaller_plans(first)
     assert len(found) >= 3
     for before, smaller in zip([first, *(s.plan for s in found)], found, strict=False):
-        old, new = before.settings, smaller.plan.settings
+        old, new = before.options, smaller.plan.options
         assert scarce(smaller.plan) < scarce(before)
         assert smaller.change
         assert new.n_ctx <= old.n_ctx and new.n_parallel <= old.n_parallel
@@ -69,12 +72,12 @@ def test_context_goes_before_requests_do_and_precision_before_both() -> None:
 def test_experts_leave_the_accelerator_before_context_is_cut() -> None:
     found = smaller_plans(plan("rtx-4060-ti-16g", 128 * K))
     assert found[0].change.startswith("blocks with experts in main memory")
-    assert {smaller.plan.settings.n_ctx for smaller in found} == {128 * K}
+    assert {smaller.plan.options.n_ctx for smaller in found} == {128 * K}
     assert found[-1].plan.uses[0].total_bytes < 8 * 2**30
 
 
 def test_change_is_told_in_the_order_in_which_it_is_noticed() -> None:
-    before = Settings(n_ctx=128 * K, n_parallel=4)
+    before = EngineOptions(n_ctx=128 * K, n_parallel=4)
     after = replace(
         before, n_ctx=64 * K, type_k=GgmlType.Q8_0, type_v=GgmlType.Q8_0, n_gpu_layers=20,
         n_ubatch=128, checkpoint_bytes=2**28, archive_bytes=0,

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from nanorun.plan.memory_plan import Wish, plan_model
-from nanorun.plan.memory_use import Settings
+from nanorun.model.engine_options import EngineOptions
+from nanorun.plan.memory_plan import plan_model
+from nanorun.plan.plan import Wish
 from nanorun.plan.shape import ModelShape, shape_of_recipe
 from nanorun.plan.speed_estimate import (
     Calibration,
@@ -35,7 +36,7 @@ def shape(recipe: str = "q4_0") -> ModelShape:
 def test_published_decode_speeds_are_in_range(
     machine: str, recipe: str, n_past: int, decode_tps: float
 ) -> None:
-    settings = Settings(n_ctx=512 * K)
+    settings = EngineOptions(n_parallel=1, n_ctx=512 * K)
     estimate = estimate_speed(shape(recipe), settings, profile(machine), n_past=n_past)
     low = estimate.decode_tps / (1 + estimate.uncertainty)
     high = estimate.decode_tps * (1 + estimate.uncertainty)
@@ -44,19 +45,19 @@ def test_published_decode_speeds_are_in_range(
 
 def test_super_on_unified_memory_is_as_published() -> None:
     q4_k = shape_of_recipe("super", SUPER_TRUNK, "q4")
-    estimate = estimate_speed(q4_k, Settings(n_ctx=32 * K), profile("dgx-spark"))
+    estimate = estimate_speed(q4_k, EngineOptions(n_parallel=1, n_ctx=32 * K), profile("dgx-spark"))
     assert estimate.decode_tps == pytest.approx(19.9, rel=estimate.uncertainty)
 
 
 def test_only_active_experts_are_read() -> None:
-    n_bytes = decode_bytes(shape(), Settings(n_ctx=8 * K))
+    n_bytes = decode_bytes(shape(), EngineOptions(n_parallel=1, n_ctx=8 * K))
     # 3.2 of 31.6 billion weights at 4.5 bits, and the states twice.
     assert 1.7e9 < n_bytes < 2.3e9
     assert n_bytes < shape().weights_bytes / 7
 
 
 def test_full_context_is_slower() -> None:
-    settings, machine = Settings(n_ctx=1024 * K), profile("rtx-4090")
+    settings, machine = EngineOptions(n_parallel=1, n_ctx=1024 * K), profile("rtx-4090")
     empty = estimate_speed(shape(), settings, machine)
     full = estimate_speed(shape(), settings, machine, n_past=1024 * K)
     assert full.decode_tps < empty.decode_tps / 1.5
@@ -65,7 +66,9 @@ def test_full_context_is_slower() -> None:
 def test_experts_on_the_host_slow_down() -> None:
     machine = profile("rtx-4090")
     speeds = [
-        estimate_speed(shape(), Settings(n_ctx=8 * K, n_cpu_moe=n), machine).decode_tps
+        estimate_speed(
+            shape(), EngineOptions(n_parallel=1, n_ctx=8 * K, n_cpu_moe=n), machine
+        ).decode_tps
         for n in (0, 10, 30, 52)
     ]
     assert speeds == sorted(speeds, reverse=True)
@@ -76,10 +79,10 @@ def test_measurement_of_the_machine_decides() -> None:
     machine = profile("cpu-24g")
     calibration = Calibration(decode_bandwidth=30e9, prefill_flops=200e9)
     plan = plan_model([shape()], machine, Wish(n_ctx=8 * K), calibration)
-    expected = 30e9 / decode_bytes(shape(), plan.settings)
+    expected = 30e9 / decode_bytes(shape(), plan.options)
     assert plan.speed.decode_tps == pytest.approx(expected, rel=1e-6)
     assert plan.speed.prefill_tps == pytest.approx(200e9 / prefill_flops_per_token(NANO), rel=1e-6)
-    assert plan.speed.uncertainty < estimate_speed(shape(), plan.settings, machine).uncertainty
+    assert plan.speed.uncertainty < estimate_speed(shape(), plan.options, machine).uncertainty
 
 
 def test_estimate_is_shown_as_a_range() -> None:

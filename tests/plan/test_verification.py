@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from nanorun.plan.memory_plan import Plan, Wish, plan_model
+from nanorun.plan.memory_plan import plan_model
+from nanorun.plan.plan import Plan, Wish
 from nanorun.plan.probe import Measurement
 from nanorun.plan.shape import shape_of_recipe
 from nanorun.plan.verification import Verification, render_verification, verification_keys
@@ -38,7 +39,7 @@ def as_planned(plan: Plan, **changes: Any) -> Measurement:
 
 
 def verified(plan: Plan, measured: Measurement) -> Verification:
-    return Verification(plan=plan, probed={}, measured=measured, n_fill=plan.settings.n_ctx)
+    return Verification(plan=plan, probed={}, measured=measured, n_fill=plan.options.n_ctx)
 
 
 @pytest.mark.parametrize("machine", ["cpu-24g", "rtx-4090", "2x-rtx-3090", "rtx-3060-12g"])
@@ -81,7 +82,7 @@ def test_largest_error_is_told() -> None:
 
 def test_mask_is_counted_as_far_as_the_context_is_used() -> None:
     plan = plan_on("cpu-24g", 256 * K)
-    untouched = (256 * K - 512) * plan.settings.n_ubatch * 2
+    untouched = (256 * K - 512) * plan.options.n_ubatch * 2
     exact = as_planned(plan)
     short = replace(exact, peak_bytes=exact.peak_bytes - untouched)
     found = Verification(plan=plan, probed={}, measured=short, n_fill=512)

@@ -37,6 +37,7 @@ from nanorun.model.chat import (
     TokenLogprobs,
 )
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.ggml_type import GgmlType
 from nanorun.model.think import MAX, OFF, Think
 from nanorun.runtime.client import EngineClient, EngineGeneration
 from nanorun.runtime.process import child as child_module
@@ -509,7 +510,7 @@ def test_program_that_was_suspended_keeps_its_engine(pico_gguf: Path) -> None:
 
 
 # More KV cache than any machine that runs tests has memory.
-TOO_LARGE = EngineOptions(n_ctx=2**25, n_threads=1, type_k="f32", type_v="f32")
+TOO_LARGE = EngineOptions(n_ctx=2**25, n_threads=1, type_k=GgmlType.F32, type_v=GgmlType.F32)
 
 
 async def test_context_that_cannot_be_had_is_opened_smaller(pico_gguf: Path) -> None:

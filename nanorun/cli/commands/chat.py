@@ -8,8 +8,9 @@ from nanorun.cli import endpoints
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal
 from nanorun.cli.models import display_name, find_model, state_folder
-from nanorun.cli.planning import memory_facts, plan_opening
+from nanorun.cli.planning import memory_facts, parse_draft, plan_opening
 from nanorun.errors import UsageError
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import Think
 
 
@@ -44,9 +45,10 @@ def command(
         return app.return_code or 0
     model = model or opt.DEFAULT_MODEL
     path = find_model(model)
-    opening = plan_opening(
-        model, path, n_ctx, command="chat", speculation=draft, state_dir=state_folder(keep=state)
+    fixed = EngineOptions(
+        n_parallel=1, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
     )
+    opening = plan_opening(model, path, n_ctx, command="chat", fixed=fixed)
     client = EngineClient(path, opening.options, smaller=opening.smaller)
     app = NanorunApp(
         client,

@@ -15,11 +15,12 @@ from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import write_data, write_json
 from nanorun.cli.planning import parse_draft, parse_wish
 from nanorun.cli.shapes import shapes_of_model
-from nanorun.errors import MemoryPlanError, NanorunError, UsageError
+from nanorun.errors import MemoryPlanError, UsageError
+from nanorun.model.engine_options import EngineOptions
 
 if TYPE_CHECKING:
     from nanorun.plan.machine.hardware import Hardware
-    from nanorun.plan.memory_plan import Plan
+    from nanorun.plan.plan import Plan
 
 _MACHINE = "Machine"
 _WISH = "Wish"
@@ -120,15 +121,6 @@ def command(
             help="Time a slice of the model on this machine; kept for later plans.",
         ),
     ] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot",
-            metavar="FILE",
-            help="Draw memory and speed against the context, by KV type, as SVG.",
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Show what a model takes on a machine, before any download.
@@ -140,8 +132,6 @@ def command(
     from nanorun.plan.memory_plan import plan_model
     from nanorun.plan.report import plan_keys, render_plan
 
-    if plot is not None and plot.suffix.lower() != ".svg":
-        raise UsageError(f"--plot {plot}: the file's name must end in .svg")
     if measure_speed and hardware is not None:
         raise UsageError(
             "--measure-speed times this machine, and --hardware describes another one",
@@ -149,9 +139,11 @@ def command(
         )
     shapes = shapes_of_model(model, recipe)
     default = min(opt.DEFAULT_N_CTX, shapes[0].arch.n_ctx_train)
-    wish = parse_wish(n_ctx, default_n_ctx=default, n_parallel=n_parallel, kv=kv)
-    command_line = _with_flags(hardware, device, vram, ram, draft)
-    wish = replace(wish, command=command_line, speculation=parse_draft(draft))
+    wish = parse_wish(
+        n_ctx, default_n_ctx=default, kv=kv,
+        command=_with_flags(hardware, device, vram, ram, draft),
+        fixed=EngineOptions(n_parallel=n_parallel, speculation=parse_draft(draft)),
+    )  # fmt: skip
     machine = _machine(hardware, device, vram, ram)
     try:
         plan = plan_model(shapes, machine, wish)
@@ -174,9 +166,6 @@ def command(
     if verify:
         verified, shown = _verify(plan)
         keys, text = keys | verified, f"{text}\n{shown}"
-    if plot is not None:
-        _write_plot(plot, plan)
-        keys, text = keys | {"plot": str(plot)}, f"{text}\nplot: {plot}\n"
     if as_json:
         write_json(keys)
     else:
@@ -210,21 +199,12 @@ def _calibrated(plan: Plan, *, measure: bool) -> Plan:
     """The plan with this machine's measured speed, where the processor does the work."""
     from nanorun.cli import calibration
 
-    if plan.settings.n_gpu_layers != 0 and plan.hardware.accelerators:
+    if plan.options.n_gpu_layers != 0 and plan.hardware.accelerators:
         return plan
     found = calibration.known_speed(plan.shape, plan.hardware)
     if measure:
         found = calibration.measure_speed(plan.shape, plan.hardware)
     return replace(plan, calibration=found)
-
-
-def _write_plot(path: Path, plan: Plan) -> None:
-    from nanorun.plan.plot import render_plot
-
-    try:
-        path.write_text(render_plot(plan), encoding="utf-8")
-    except OSError as error:
-        raise NanorunError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
@@ -238,7 +218,7 @@ def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
             # The engine reads the header only: a file without data has all it asks for.
             path = Path(folder) / "shape.gguf"
             write_shape(path, plan.shape.arch, {t.name: t.type for t in plan.shape.tensors})
-        found = Probe(plan, probe_plan(path, plan.settings))
+        found = Probe(plan, probe_plan(path, plan.options))
     return probe_keys(found), render_probe(found)
 
 
@@ -252,12 +232,12 @@ def _verify(plan: Plan) -> tuple[dict[str, Any], str]:
             f"--verify loads the model, and {plan.shape.name} is not a file",
             tries=["nanorun plan FILE.gguf --verify"],
         )
-    settings = plan.settings
-    n_fill = min(_FILL, settings.n_ctx // 2)
+    options = plan.options
+    n_fill = min(_FILL, options.n_ctx // 2)
     verified = Verification(
         plan=plan,
-        probed=probe_plan(path, settings),
-        measured=measure(path, settings, n_fill),
+        probed=probe_plan(path, options),
+        measured=measure(path, options, n_fill),
         n_fill=n_fill,
     )
     return verification_keys(verified), render_verification(verified)

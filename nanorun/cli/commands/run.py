@@ -16,9 +16,10 @@ from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal, show_logs
 from nanorun.cli.interrupts import Interrupts
 from nanorun.cli.models import find_model
-from nanorun.cli.planning import log_memory, plan_opening
+from nanorun.cli.planning import log_memory, parse_draft, plan_opening
 from nanorun.cli.reply_output import JsonOutput, TextOutput
 from nanorun.errors import ExitCode, UsageError
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import Think
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ def open_client(
 
     assert model is not None
     path = find_model(model)
-    opening = plan_opening(model, path, n_ctx, command="run", speculation=draft)
+    fixed = EngineOptions(n_parallel=1, speculation=parse_draft(draft))
+    opening = plan_opening(model, path, n_ctx, command="run", fixed=fixed)
     client = EngineClient(path, opening.options, smaller=opening.smaller)
     return client, lambda: log_memory(opening, client.options, client.pid)
 

@@ -11,8 +11,9 @@ import typer
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import StatusLine, note, show_logs
 from nanorun.cli.models import display_name, find_model, state_folder
-from nanorun.cli.planning import Opening, log_memory, plan_opening
+from nanorun.cli.planning import Opening, log_memory, parse_draft, plan_opening
 from nanorun.errors import UsageError
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import Think
 from nanorun.model.units import parse_duration
 
@@ -102,10 +103,10 @@ def command(
     check_keys(settings)
     show_logs(verbose=verbose)
     path = find_model(model)
-    opening = plan_opening(
-        model, path, n_ctx, command="serve", n_parallel=n_parallel, keeps_texts=True,
-        speculation=draft, state_dir=state_folder(keep=state),
-    )  # fmt: skip
+    fixed = EngineOptions(
+        n_parallel=n_parallel, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
+    )
+    opening = plan_opening(model, path, n_ctx, command="serve", fixed=fixed, keeps_texts=True)
     client = EngineClient(
         path, opening.options, smaller=opening.smaller, keep_alive_s=_idle_limit(keep_alive)
     )

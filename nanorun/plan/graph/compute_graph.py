@@ -7,11 +7,12 @@ ggml's, innermost first. E n_embd   T tokens   S sequences   H SSM heads   X exp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
 
 from nanorun.model.arch import HybridArch, LayerKind
+from nanorun.model.engine_options import ALL_LAYERS, EngineOptions
 from nanorun.model.footprint import padded_n_ctx
 from nanorun.model.ggml_type import GgmlType
 from nanorun.plan.graph.graph_allocator import ALIGNMENT, Graph, Node, buffer_bytes
@@ -20,41 +21,45 @@ _F32, _I32, _I64, _F16 = 4, 4, 8, 2
 # llama-kv-cache.cpp turns K and V of a quantized cache by Hadamard matrices of this size; that of
 # K is doubled while it divides a head.
 _ROTATION = 64
+_CUDA_ALIGNMENT = 128
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GraphSizes:
-    """What the size of an evaluation depends on, beside the model."""
-
-    n_ctx: int
-    n_ubatch: int
-    n_seq_max: int = 1
-    n_rs_seq: int = 0
-    n_outputs_max: int = 1
-    type_k: GgmlType = GgmlType.F16
-    type_v: GgmlType = GgmlType.F16
-    flash_attn: bool = True
-    dequantizes_kv: bool = False
-    """Whether attention unpacks a quantized cache as a whole before it reads it, as on CUDA."""
-    alignment: int = ALIGNMENT
-
-
-@lru_cache(maxsize=1024)
-def compute_bytes(arch: HybridArch, sizes: GraphSizes) -> int:
+def compute_bytes(arch: HybridArch, options: EngineOptions, *, on_gpu: bool = False) -> int:
     """Bytes of the compute buffer of a context of `arch`, all layers on one device."""
-    builder = _Builder(arch, sizes)
-    builder.trunk()
-    return buffer_bytes(builder.graph, sizes.alignment)
+    return _trunk_bytes(arch, _of_graph(options), on_gpu)
+
+
+def mtp_compute_bytes(arch: HybridArch, options: EngineOptions, *, on_gpu: bool = False) -> int:
+    """Bytes of the compute buffer of the MTP head's context; 0 without a head."""
+    # The head's context takes no guesses back.
+    return _head_bytes(arch, _of_graph(replace(options, n_draft=0)), on_gpu)
+
+
+def _of_graph(options: EngineOptions) -> EngineOptions:
+    """The options without what no graph depends on: plans that differ there share one result."""
+    return replace(
+        options, n_gpu_layers=ALL_LAYERS, n_cpu_moe=0, checkpoint_bytes=0, archive_bytes=0
+    )
 
 
 @lru_cache(maxsize=1024)
-def mtp_compute_bytes(arch: HybridArch, sizes: GraphSizes) -> int:
-    """Bytes of the compute buffer of the context that drafts with the MTP block; 0 without one."""
+def _trunk_bytes(arch: HybridArch, options: EngineOptions, on_gpu: bool) -> int:
+    builder = _Builder(arch, options, on_gpu=on_gpu)
+    builder.trunk()
+    return buffer_bytes(builder.graph, _alignment(on_gpu))
+
+
+@lru_cache(maxsize=1024)
+def _head_bytes(arch: HybridArch, options: EngineOptions, on_gpu: bool) -> int:
     if not arch.n_layer_nextn:
         return 0
-    builder = _Builder(arch, sizes)
+    builder = _Builder(arch, options, on_gpu=on_gpu)
     builder.mtp()
-    return buffer_bytes(builder.graph, sizes.alignment)
+    return buffer_bytes(builder.graph, _alignment(on_gpu))
+
+
+def _alignment(on_gpu: bool) -> int:
+    return _CUDA_ALIGNMENT if on_gpu else ALIGNMENT
 
 
 def mask_bytes(n_ctx: int, n_ubatch: int) -> int:
@@ -62,44 +67,45 @@ def mask_bytes(n_ctx: int, n_ubatch: int) -> int:
     return _F16 * padded_n_ctx(n_ctx) * n_ubatch
 
 
-def input_bytes(arch: HybridArch, sizes: GraphSizes) -> int:
+def input_bytes(arch: HybridArch, options: EngineOptions) -> int:
     """Bytes of what an evaluation is given: tokens, places in the cache, and the mask.
 
     They lie in host memory beside an accelerator's own copies.
     """
-    return sum(node.n_bytes for node in _Builder(arch, sizes).inputs)
+    return sum(node.n_bytes for node in _Builder(arch, options, on_gpu=False).inputs)
 
 
 class _Builder:
     """Builds the largest graph that a context reserves memory for."""
 
-    def __init__(self, arch: HybridArch, sizes: GraphSizes) -> None:
+    def __init__(self, arch: HybridArch, options: EngineOptions, *, on_gpu: bool) -> None:
         self.arch = arch
-        self.sizes = sizes
+        self.options = options
+        # On CUDA, attention unpacks a quantized cache as a whole before it reads it.
+        self.dequantizes_kv = on_gpu
         self.graph = Graph()
-        self.n_seqs = sizes.n_seq_max
+        self.n_seqs = options.n_seq_max
         # llama-context.cpp rounds the tokens up so that all sequences get as many.
-        n_ubatch = max(1, min(sizes.n_ubatch, padded_n_ctx(sizes.n_ctx)))
+        n_ubatch = max(1, min(options.n_ubatch, options.n_batch, padded_n_ctx(options.n_ctx)))
         self.n_seq_tokens = -(-n_ubatch // self.n_seqs)
         self.n_tokens = self.n_seq_tokens * self.n_seqs
-        self.n_outputs = min(n_ubatch, max(sizes.n_outputs_max, sizes.n_seq_max))
+        self.n_outputs = min(n_ubatch, options.n_outputs_max)
         self.weight = Node(0, is_external=True)
         self._add_inputs()
 
     def _add_inputs(self) -> None:
-        n_kv, n_tokens = padded_n_ctx(self.sizes.n_ctx), self.n_tokens
+        n_kv, n_tokens = padded_n_ctx(self.options.n_ctx), self.n_tokens
         self.tokens = _leaf(_I32, n_tokens)
         self.embeddings = _leaf(_F32, self.arch.n_embd, n_tokens)
         self.state_rows = _leaf(_I32, self.n_seqs)
         self.state_rows_main = self.state_rows.view()
         self.state_rows_extra = self.state_rows.view()
         self.k_rows = _leaf(_I64, n_tokens)
-        n_v_rows = n_tokens * (1 if self.sizes.flash_attn else self.arch.n_embd_gqa)
-        self.v_rows = _leaf(_I64, n_v_rows)
-        self.mask = _leaf(_F16 if self.sizes.flash_attn else _F32, n_kv, n_tokens)
+        self.v_rows = _leaf(_I64, n_tokens)
+        self.mask = _leaf(_F16, n_kv, n_tokens)
         self.output_rows = _leaf(_I32, self.n_outputs)
-        self.rotate_k = self._rotation(self.sizes.type_k, _k_rotation(self.arch.n_embd_head))
-        self.rotate_v = self._rotation(self.sizes.type_v, _ROTATION)
+        self.rotate_k = self._rotation(self.options.type_k, _k_rotation(self.arch.n_embd_head))
+        self.rotate_v = self._rotation(self.options.type_v, _ROTATION)
         self.inputs = [
             self.tokens, self.embeddings, self.state_rows, self.k_rows, self.v_rows, self.mask,
             self.output_rows, *filter(None, (self.rotate_k, self.rotate_v)),
@@ -165,13 +171,13 @@ class _Builder:
         z, xbc, dt = projected.view(), projected.view(), projected.view()
         with_tail = (arch.ssm_d_conv - 1 + n_seq_tokens, n_channels, n_seqs)
         window = self._op(with_tail, tail.view(), xbc.view())
-        for _ in range(min(n_seq_tokens, 1 + self.sizes.n_rs_seq)):
+        for _ in range(min(n_seq_tokens, 1 + self.options.n_rs_seq)):
             self.graph.expand(self._into_cache(window.view()))
         xbc = self._op((n_channels, n_seq_tokens, n_seqs), window, self.weight)
         xbc = self._elementwise(self._elementwise(xbc, self.weight))
         x, b, c = xbc.view(), xbc.view(), xbc.view()
         dt = self._elementwise(self._op((arch.ssm_dt_rank, n_seq_tokens, n_seqs), dt), self.weight)
-        n_states = (1 + self.sizes.n_rs_seq) * arch.ssm_d_state * d_inner * n_seqs
+        n_states = (1 + self.options.n_rs_seq) * arch.ssm_d_state * d_inner * n_seqs
         scanned = self._op(
             (d_inner * self.n_tokens + n_states,),
             self.weight, x, dt, self.weight, b, c, self.state_rows_main,
@@ -207,30 +213,19 @@ class _Builder:
         self.graph.expand(q, v, k)
         self.graph.expand(self._into_cache(k.view(), self.k_rows))
         self.graph.expand(self._into_cache(v.view(), self.v_rows))
-        q = q.view().view()
-        if self.sizes.flash_attn:
-            shape = (arch.n_embd_head, arch.n_head, n_tokens)
-            attended = self._op(shape, q, self.weight, self.weight, self.mask)
-            attended.n_bytes += self._unpacked_kv_bytes()
-            attended = attended.view((arch.n_embd_q, n_tokens))
-        else:
-            attended = self._plain_attention(q)
+        shape = (arch.n_embd_head, arch.n_head, n_tokens)
+        attended = self._op(shape, q.view().view(), self.weight, self.weight, self.mask)
+        attended.n_bytes += self._unpacked_kv_bytes()
+        attended = attended.view((arch.n_embd_q, n_tokens))
         self.graph.expand(attended)
         return self._matmul(arch.n_embd, self._rotated(attended, self.rotate_v))
 
     def _unpacked_kv_bytes(self) -> int:
         # Evaluations of one or two tokens read the packed cache; memory is for the larger ones.
-        if not self.sizes.dequantizes_kv or self.n_tokens <= 2:
+        if not self.dequantizes_kv or self.n_tokens <= 2:
             return 0
-        n_quantized = sum(t.block_size > 1 for t in (self.sizes.type_k, self.sizes.type_v))
-        return n_quantized * padded_n_ctx(self.sizes.n_ctx) * self.arch.n_embd_gqa * _F16
-
-    def _plain_attention(self, q: Node) -> Node:
-        arch, n_tokens, n_kv = self.arch, self.n_tokens, padded_n_ctx(self.sizes.n_ctx)
-        scores = self._op((n_kv, n_tokens, arch.n_head), self.weight, q)
-        scores = self._elementwise(scores, self.mask)
-        mixed = self._op((arch.n_embd_head, n_tokens, arch.n_head), self.weight, scores)
-        return self._op((arch.n_embd_q, n_tokens), mixed.view())
+        n_quantized = sum(t.block_size > 1 for t in (self.options.type_k, self.options.type_v))
+        return n_quantized * padded_n_ctx(self.options.n_ctx) * self.arch.n_embd_gqa * _F16
 
     def _rotated(self, current: Node, rotation: Node | None) -> Node:
         if rotation is None:

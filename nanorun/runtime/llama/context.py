@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanorun.errors import EngineError, LibraryError, MemoryPlanError
+from nanorun.errors import EngineError, MemoryPlanError
 from nanorun.model.engine_options import EngineOptions
-from nanorun.model.ggml_type import GgmlType
 from nanorun.runtime.llama.binding import engine_log, load_llama
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.params import context_params
 
-_FLASH_ATTN_ENABLED = 1
 _GO_ON, _STOP = b"0", b"1"
 _CODE_NO_MEMORY = -2  # llama_decode's answer to GGML_STATUS_ALLOC_FAILED
 _STATE_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: the recurrent part alone
@@ -80,27 +79,11 @@ class Context:
         self.n_seq_max = options.n_seq_max
         self.n_rs_seq = options.n_rs_seq
         self.n_batch = options.n_batch
-        n_threads = options.n_threads or _physical_cores()
-        params = self._llama.llama_context_default_params()
-        params.n_ctx = options.n_ctx
-        params.n_batch = options.n_batch
-        params.n_ubatch = min(options.n_ubatch, options.n_batch)
-        params.n_seq_max = options.n_seq_max
-        params.n_rs_seq = 0 if head_of else options.n_rs_seq
-        # The default of 0 reserves n_batch rows of logits.
-        n_checked = options.n_seq_max * (1 + params.n_rs_seq)
-        params.n_outputs_max = n_outputs_max or n_checked
-        params.n_outputs_max_per_seq = n_outputs_max or 1 + params.n_rs_seq
+        params = context_params(
+            self._llama, options, head=head_of is not None, n_outputs_max=n_outputs_max
+        )
         if head_of is not None:
-            params.ctx_type = self._llama.LLAMA_CONTEXT_TYPE_MTP
             params.ctx_other = head_of.handle
-        params.n_threads = params.n_threads_batch = n_threads
-        # Without it the compute buffer grows with n_ctx x n_ubatch x heads: 67 GiB for Nano at 1M.
-        params.flash_attn_type = _FLASH_ATTN_ENABLED
-        params.type_k = int(GgmlType.from_name(options.type_k))
-        params.type_v = int(GgmlType.from_name(options.type_v))
-        params.kv_unified = True
-        params.no_perf = True
         if eval_callback is not None:
             self._eval_callback = eval_callback  # ctypes keeps no reference
             params.cb_eval = eval_callback
@@ -350,11 +333,3 @@ class _Batch:
         self.outputs[start:first] = 0
         self.outputs[first:end] = 1
         return first if first < end else None
-
-
-def _physical_cores() -> int:
-    try:
-        import psutil
-    except ImportError as error:
-        raise LibraryError("psutil is missing", tries=["pip install psutil"]) from error
-    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1

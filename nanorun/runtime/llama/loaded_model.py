@@ -20,7 +20,7 @@ from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun.model.tensor_roles import check_tensors
 from nanorun.runtime.llama.binding import engine_log, load_llama
-from nanorun.runtime.llama.expert_placement import keep_experts_on_host
+from nanorun.runtime.llama.params import model_params
 from nanorun.runtime.llama.token_cache import TokenCache
 from nanorun.runtime.reply.grammar import GrammarCompiler
 from nanorun.runtime.sampling.settings import SamplingSettings
@@ -62,14 +62,10 @@ class LoadedModel:
         # The engine loads a file that lacks some tensors without complaint.
         check_tensors(self.gguf, self.arch)
         self._llama = load_llama()
-        params = self._llama.llama_model_default_params()
-        params.n_gpu_layers = options.n_gpu_layers if options.n_gpu_layers >= 0 else 999
-        # A context of the head asserts that it was loaded.
-        params.load_mtp = options.speculation == "mtp"
+        params = model_params(self._llama, options)
         params.use_extra_bufts = not writable
         if writable or (not self._llama.llama_supports_gpu_offload() and self._is_repacked):
             params.load_mode = _LOAD_WITHOUT_MMAP
-        keep_experts_on_host(self._llama, params, options.n_cpu_moe)
         engine_log.clear()
         self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.handle:

@@ -3,12 +3,12 @@
 Runs in a process of its own, because the engine aborts on what it does not like, and its log, where
 the answer stands, is global. One JSON request on stdin, one JSON answer on stdout:
 
-    {"verb": "probe", "path", "placement", "contexts"}         reckons without loading weights
-    {"verb": "measure", "path", "placement", "context", "n_fill"}  loads and decodes for real
-    {"verb": "devices"}                                        lists what the engine can use
+    {"verb": "probe", "path", "contexts"}              reckons without loading weights
+    {"verb": "measure", "path", "contexts", "n_fill"}  loads and decodes for real
+    {"verb": "devices"}                                lists what the engine can use
 
-A placement has `n_gpu_layers` and `n_cpu_moe`; a context has `n_ctx`, `n_ubatch`, `n_seq_max`,
-`n_rs_seq`, `type_k`, `type_v` and `mtp`.
+A context is `{"options": fields of EngineOptions, "head": whether it is the MTP head's}`. The first
+one's options place the layers.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanorun.errors import EngineError, NanorunError, UsageError
-from nanorun.model.ggml_type import GgmlType
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.llama.binding import engine_log, load_llama
-from nanorun.runtime.llama.expert_placement import keep_experts_on_host
+from nanorun.runtime.llama.params import context_params, model_params
 from nanorun.runtime.measure.process_memory import (
     GpuMemory,
     peak_resident,
@@ -37,8 +38,6 @@ from nanorun.runtime.measure.process_memory import (
 
 _MIB = 2**20
 _LOAD_NONE = 0
-_CONTEXT_MTP = 1
-_FLASH_ATTN_ON = 1
 _N_DECODED = 16
 _N_LOG_LINES = 20_000
 
@@ -59,6 +58,15 @@ _ALLOCATED = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ProbedContext:
+    """One context that the engine is asked about."""
+
+    options: EngineOptions
+    head: bool
+    """Whether it is the context of the model's MTP head."""
+
+
 def main() -> int:
     """Answer one request."""
     # The report of one context alone is longer than what is kept otherwise.
@@ -76,35 +84,32 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     if verb == "devices":
         return {"devices": devices()}
     if verb == "probe":
-        path, placement = Path(request["path"]), request["placement"]
-        return {"contexts": probe(path, placement, request["contexts"])}
+        return {"contexts": probe(Path(request["path"]), _contexts(request))}
     if verb == "measure":
-        path, placement = Path(request["path"]), request["placement"]
-        return measure(path, placement, request["contexts"], request["n_fill"])
+        return measure(Path(request["path"]), _contexts(request), request["n_fill"])
     raise UsageError(f"there is no verb {verb!r}")
 
 
-def probe(
-    path: Path, placement: dict[str, int], contexts: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _contexts(request: dict[str, Any]) -> list[ProbedContext]:
+    return [ProbedContext(EngineOptions(**c["options"]), c["head"]) for c in request["contexts"]]
+
+
+def probe(path: Path, contexts: Sequence[ProbedContext]) -> list[dict[str, Any]]:
     """What each context would take, by the engine's own reckoning; no weight is read.
 
     Raises:
         EngineError: If the engine refuses the file or a context.
     """
-    with_mtp = any(context.get("mtp") for context in contexts)
-    with _model(path, placement, with_mtp=with_mtp, for_real=False) as model:
+    with _model(path, contexts[0].options, for_real=False) as model:
         return [_probe_context(model, context) for context in contexts]
 
 
-def _probe_context(model: Any, sizes: dict[str, Any]) -> dict[str, Any]:
-    with _context(model, sizes):
+def _probe_context(model: Any, context: ProbedContext) -> dict[str, Any]:
+    with _opened(model, context):
         return _reported()
 
 
-def measure(
-    path: Path, placement: dict[str, int], contexts: list[dict[str, Any]], n_fill: int
-) -> dict[str, Any]:
+def measure(path: Path, contexts: Sequence[ProbedContext], n_fill: int) -> dict[str, Any]:
     """Load for real, fill a stretch of the first context, decode a little: memory and speed.
 
     Bytes of weights and of the context are by the engine's name of the buffer they lie in.
@@ -116,22 +121,18 @@ def measure(
     base, gpus = resident_bytes(), GpuMemory()
     with peak_resident() as peak:
         started = time.perf_counter()
-        with_mtp = any(sizes.get("mtp") for sizes in contexts)
-        with (
-            _model(path, placement, with_mtp=with_mtp, for_real=True) as model,
-            ExitStack() as stack,
-        ):
+        options = contexts[0].options
+        with _model(path, options, for_real=True) as model, ExitStack() as stack:
             weights = _sums(_WEIGHTS)
             load_s = time.perf_counter() - started
             allocated: dict[str, Counter[str]] = {part: Counter() for part in _ALLOCATED}
             opened = []
-            for sizes in contexts:
-                opened.append(stack.enter_context(_context(model, sizes)))
+            for context in contexts:
+                opened.append(stack.enter_context(_opened(model, context)))
                 for part, pattern in _ALLOCATED.items():
                     allocated[part].update(_sums(pattern))
-            context = opened[0]
-            prefill_s = _prefill(llama, context, n_fill, contexts[0]["n_ubatch"])
-            decode_s = _decode(llama, context, n_fill)
+            prefill_s = _prefill(llama, opened[0], n_fill, options.n_ubatch)
+            decode_s = _decode(llama, opened[0], n_fill)
             resident, proportional = resident_bytes(), proportional_bytes()
             gpu_bytes = gpus.taken()
     return {
@@ -187,18 +188,12 @@ def _ggml(llama: Any) -> Any:
 
 
 @contextmanager
-def _model(
-    path: Path, placement: dict[str, int], *, with_mtp: bool, for_real: bool
-) -> Iterator[Any]:
+def _model(path: Path, options: EngineOptions, *, for_real: bool) -> Iterator[Any]:
     llama = load_llama()
-    params = llama.llama_model_default_params()
+    params = model_params(llama, options)
     params.no_alloc = not for_real
     # Mapped, the weights that the engine rearranges for the processor would be resident twice.
     params.load_mode = _LOAD_NONE
-    params.load_mtp = with_mtp
-    n_gpu_layers = placement["n_gpu_layers"]
-    params.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 999
-    keep_experts_on_host(llama, params, placement["n_cpu_moe"])
     engine_log.clear()
     handle = llama.llama_model_load_from_file(str(path).encode(), params)
     if not handle:
@@ -212,24 +207,9 @@ def _model(
 
 
 @contextmanager
-def _context(model: Any, sizes: dict[str, Any]) -> Iterator[Any]:
+def _opened(model: Any, context: ProbedContext) -> Iterator[Any]:
     llama = load_llama()
-    params = llama.llama_context_default_params()
-    n_seq_max, n_rs_seq = sizes["n_seq_max"], sizes.get("n_rs_seq", 0)
-    params.n_ctx = sizes["n_ctx"]
-    params.n_batch = params.n_ubatch = sizes["n_ubatch"]
-    params.n_seq_max, params.n_rs_seq = n_seq_max, n_rs_seq
-    params.n_outputs_max = n_seq_max * (1 + n_rs_seq)
-    params.n_outputs_max_per_seq = 1 + n_rs_seq
-    params.flash_attn_type = _FLASH_ATTN_ON
-    params.type_k = int(GgmlType.from_name(sizes["type_k"]))
-    params.type_v = int(GgmlType.from_name(sizes["type_v"]))
-    params.kv_unified = True
-    params.no_perf = True
-    if sizes.get("n_threads"):
-        params.n_threads = params.n_threads_batch = sizes["n_threads"]
-    if sizes.get("mtp"):
-        params.ctx_type = _CONTEXT_MTP
+    params = context_params(llama, context.options, head=context.head)
     engine_log.clear()
     handle = llama.llama_init_from_model(model, params)
     if not handle:

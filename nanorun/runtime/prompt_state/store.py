@@ -56,7 +56,7 @@ def open_store(model: LoadedModel, options: EngineOptions) -> StateStore | None:
     """The store that an engine's options ask for, if any."""
     if options.state_dir is None:
         return None
-    types = f"{options.type_k}/{options.type_v}"
+    types = f"{options.type_k.label}/{options.type_v.label}"
     if options.speculation == "mtp":
         types += "/mtp"  # the head's state is part of it
     identity = f"{model.fingerprint}/{types}/{version('llama-cpp-python')}"
