@@ -18,7 +18,7 @@ from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.request import Request, build_dial
 from nanorun.runtime.llama.context import Context, Row
 from nanorun.runtime.llama.loaded_model import LoadedModel
-from nanorun.runtime.sampling.draw import Ids
+from nanorun.runtime.sampling.draw import Ids, Logits
 from nanorun.runtime.sampling.sampler import Choice, Sampler
 from nanorun.runtime.sampling.settings import SamplingSettings
 
@@ -45,9 +45,9 @@ class RecordingSampler(Sampler):
         super().__init__(settings, n_vocab)
         self._log = log
 
-    def sample(self, context: Context, index: int, allowed: Ids | None = None) -> Choice:
-        self._log.append(context.logits(index).copy())
-        return super().sample(context, index, allowed)
+    def sample(self, logits: Logits, allowed: Ids | None = None) -> Choice:
+        self._log.append(logits.copy())
+        return super().sample(logits, allowed)
 
 
 class Rig:
