@@ -82,12 +82,16 @@ class Http:
     Args:
         policy: How long to try.
         pause: What waits between tries; None to wait until there is nothing to wait for.
+        source: Where it is read from, in errors about files that are not called by their address.
 
     Raises:
         UsageError: If HF_ENDPOINT is no address.
     """
 
-    def __init__(self, policy: Policy | None = None, pause: Pause | None = None) -> None:
+    def __init__(
+        self, policy: Policy | None = None, pause: Pause | None = None, source: str = ""
+    ) -> None:
+        self._source = f" from {environment.without_password(source)}" if source else ""
         self.policy = policy or Policy()
         self.endpoint = environment.hub_endpoint()
         self._stopped = threading.Event()
@@ -95,7 +99,8 @@ class Http:
         self._end_s = time.monotonic() + self.policy.deadline_s
         self._heard = False  # an answer of any kind
         self._told_s = float("-inf")
-        self._timeout = (self.policy.connect_timeout_s, *[self.policy.timeout_s] * 3)
+        timeout_s = self.policy.timeout_s
+        self._timeout = (self.policy.connect_timeout_s, timeout_s, timeout_s, timeout_s)
         self._gate = threading.BoundedSemaphore(N_CONNECTIONS)
 
     def give_up(self) -> None:
@@ -181,7 +186,7 @@ class Http:
 
     def unreachable(self, where: str, reason: str) -> SourceUnreachableError:
         """The error for something that does not arrive."""
-        return SourceUnreachableError(f"{where} cannot be read", facts=[reason[:200]])
+        return SourceUnreachableError(f"{where} cannot be read{self._source}", facts=[reason[:200]])
 
     @cached_property
     def _hub_headers(self) -> dict[str, str]:

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nanorun.errors import ModelError, SourceUnreachableError
-from nanorun.net.environment import check_online, without_password
+from nanorun.net.environment import check_online, hub_endpoint, without_password
 from nanorun.net.ranges import N_CONNECTIONS, Http, Pause, Policy, RangeFile, forbidden
 from nanorun_converters.source.range_cache import RangeCache
 from nanorun_converters.source.source_model import Store
@@ -59,7 +59,7 @@ class HubFiles:
         self.n_reads_ahead = N_CONNECTIONS
         self.argument = f"{repository}@{revision}" if revision else repository
         self.where = PurePosixPath(self.argument)
-        self._http = Http(POLICY, pause)
+        self._http = Http(POLICY, pause, source=hub_endpoint())
         self.revision, self._entries = _list_files(
             self._http, repository, revision, str(self.where)
         )

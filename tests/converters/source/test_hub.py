@@ -130,7 +130,7 @@ def test_file_is_the_same_through_every_fault(
 def test_pauses_grow_and_obey_the_hub(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     hub.faults = {"503": 1.0}
-    with pytest.raises(SourceUnreachableError, match="cannot be read"):
+    with pytest.raises(SourceUnreachableError, match="cannot be read from"):
         HubFiles(REPOSITORY, pause=pauses.append)
     assert len(pauses) == Policy().n_tries - 1  # after the last try there is nothing to wait for
     assert all(later > earlier for earlier, later in pairwise(pauses[:6]))
