@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from nanorun.errors import LibraryError, SourceUnreachableError, UsageError
+from nanorun.errors import LibraryError, UsageError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 _PROXY_SCHEMES = ("http", "https", "socks5", "socks5h")
@@ -126,10 +126,9 @@ def hub_headers() -> dict[str, str]:
     return headers
 
 
-def check_online(where: str) -> None:
-    """Raise if HF_HUB_OFFLINE forbids to read `where`."""
-    if _huggingface_hub().constants.HF_HUB_OFFLINE:
-        raise SourceUnreachableError(f"{where} cannot be read", facts=["HF_HUB_OFFLINE is set"])
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE forbids to ask any server."""
+    return bool(_huggingface_hub().constants.HF_HUB_OFFLINE)
 
 
 def _huggingface_hub() -> Any:

@@ -115,8 +115,10 @@ class Http:
         """Raise if there is no more reading.
 
         Raises:
-            SourceUnreachableError: If it was given up, or took too long.
+            SourceUnreachableError: If it was given up, took too long, or HF_HUB_OFFLINE is set.
         """
+        if environment.is_offline():
+            raise self.unreachable(where, "HF_HUB_OFFLINE is set")
         if self._stopped.is_set():
             raise self.unreachable(where, "it was given up")
         if time.monotonic() > self._end_s:

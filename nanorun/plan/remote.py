@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from nanorun.errors import UsageError
 from nanorun.model.gguf import GgufFile, join_parts, read_stream
-from nanorun.net.environment import check_online, hub_endpoint
+from nanorun.net.environment import hub_endpoint
 from nanorun.net.ranges import Http, Policy, RangeFile
 
 SUFFIX = ".gguf"
@@ -89,7 +89,6 @@ def read_remote_gguf(remote: RemoteFile) -> GgufFile:
 
 
 def _read(remote: RemoteFile) -> GgufFile:
-    check_online(remote.shown)
     stream = _HeaderStream(RangeFile(Http(POLICY), remote.url, remote.shown))
     return read_stream(stream, Path(remote.shown), stream.open())
 

@@ -93,7 +93,10 @@ class OutputFiles:
         if keep:
             with suppress(OSError):
                 self._note_stretch()
-        self._abandon(keep=keep and bool(self.journal.stretches))
+        keep = keep and bool(self.journal.stretches)
+        if keep and isinstance(error, SourceUnreachableError):
+            error.facts += ("what was converted so far is kept: the same command goes on",)
+        self._abandon(keep=keep)
 
     @property
     def resumed(self) -> bool:

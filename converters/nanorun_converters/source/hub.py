@@ -18,7 +18,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nanorun.errors import ModelError, SourceUnreachableError
-from nanorun.net.environment import check_online, hub_endpoint, without_password
+from nanorun.net.environment import hub_endpoint, without_password
 from nanorun.net.ranges import N_CONNECTIONS, Http, Pause, Policy, RangeFile, forbidden
 from nanorun_converters.source.range_cache import RangeCache
 from nanorun_converters.source.source_model import Store
@@ -156,7 +156,6 @@ def _list_files(
 
     https://huggingface.co/docs/hub/api: `GET /api/models/{repo}/revision/{revision}?blobs=true`.
     """
-    check_online(where)
     at = f"/revision/{quote(revision, safe='')}" if revision else ""
     url = f"{http.endpoint}/api/models/{repository}{at}?blobs=true"
 
