@@ -55,7 +55,7 @@ class Policy:
 
     n_tries: int = 8
     """Without anything arriving in between."""
-    n_tries_unheard: int = 3
+    n_tries_unheard: int = 2
     """While the server has never answered: an address that is wrong stays wrong."""
     first_pause_s: float = 0.5
     longest_pause_s: float = 60.0
@@ -221,7 +221,13 @@ def _client() -> httpx.Client:
             proxy = environment.proxy_for(str(request.url))
             if proxy not in self._through:
                 self._through.setdefault(proxy, _transport(proxy))
-            return self._through[proxy].handle_request(request)
+            try:
+                return self._through[proxy].handle_request(request)
+            except httpx.ConnectError as error:
+                if proxy is None:
+                    raise
+                shown = environment.without_password(proxy)
+                raise httpx.ConnectError(f"{error} by the proxy {shown}") from error
 
         def close(self) -> None:
             for transport in self._through.values():
