@@ -8,7 +8,9 @@
     │   ├── EngineDied
     │   │   └── EngineOutOfMemory
     │   └── ContextFull
-    └── LibraryError             1  an optional part or a native library is missing
+    ├── LibraryError             1  an optional part or a native library is missing
+    └── SourceUnreachableError   1  what is read cannot be had just now
+        └── SourceLostError      3  (a ModelError too) until someone does something about it
 
 Anything else that escapes is a bug and keeps its traceback.
 """
@@ -93,6 +95,14 @@ class ContextFull(EngineError):
 
 class LibraryError(NanorunError, ImportError):
     """An optional dependency or a native library is missing or does not fit."""
+
+
+class SourceUnreachableError(NanorunError):
+    """A source that cannot be read just now; what was done with it so far stays good."""
+
+
+class SourceLostError(SourceUnreachableError, ModelError):
+    """A source that cannot be read until someone does something about it."""
 
 
 def process_ending(code: int) -> str:

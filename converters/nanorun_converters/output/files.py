@@ -17,11 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, BinaryIO, Self
 
-from nanorun.errors import NanorunError, UsageError
+from nanorun.errors import NanorunError, SourceUnreachableError, UsageError
 from nanorun.model.units import format_gib
 from nanorun_converters.output.gguf_header import Layout, padded_bytes
 from nanorun_converters.output.journal import Journal, Stretch
-from nanorun_converters.source.source_model import SourceUnreachableError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +93,10 @@ class OutputFiles:
         if keep:
             with suppress(OSError):
                 self._note_stretch()
-        self._abandon(keep=keep and bool(self.journal.stretches))
+        keep = keep and bool(self.journal.stretches)
+        if keep and isinstance(error, SourceUnreachableError):
+            error.facts += ("what was converted so far is kept: the same command goes on",)
+        self._abandon(keep=keep)
 
     @property
     def resumed(self) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from nanorun.errors import ModelError, NanorunError
+from nanorun.errors import ModelError, SourceLostError
 from nanorun_converters.source.safetensors_header import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -26,14 +26,6 @@ MAX_JSON_BYTES = 256 * 2**20
 READABLE_DTYPES = ("BF16", "F16", "F32")
 UNKNOWN_DTYPE = ""
 """Of a tensor that an index names, in a file that is not there; a plan needs no more."""
-
-
-class SourceUnreachableError(NanorunError):
-    """A source that cannot be read just now; what was done with it so far stays good."""
-
-
-class SourceLostError(SourceUnreachableError, ModelError):
-    """A source that could be read before, and cannot until someone does something about it."""
 
 
 class Store(Protocol):
