@@ -19,8 +19,8 @@ from nanorun.errors import ModelError
 from nanorun_converters import convert as convert_module
 from nanorun_converters.conversion_plan import plan_conversion
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, ConvertResult, convert
-from nanorun_converters.output.files import files as output_module
-from nanorun_converters.output.files import journal as journal_module
+from nanorun_converters.output import files as output_module
+from nanorun_converters.output import journal as journal_module
 from nanorun_quant.imatrix import Imatrix
 from tests.source_models import write_json, write_source_model
 
@@ -29,7 +29,7 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from nanorun_converters import convert as module
-from nanorun_converters.output.files import files as output
+from nanorun_converters.output import files as output
 output.SYNC_BYTES = 1
 module.PIECE_ELEMENTS = 3000
 

@@ -19,9 +19,9 @@ from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.model.gguf import read_gguf
 from nanorun_converters import convert as convert_module
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert
-from nanorun_converters.output.files import files as output_module
+from nanorun_converters.output import files as output_module
 from nanorun_converters.source.hub import HubClient, HubFiles, parse_repository
-from nanorun_converters.source.open import hub as hub_module
+from nanorun_converters.source import hub as hub_module
 from nanorun_converters.source.range_cache import BLOCK_BYTES
 from nanorun_converters.source.source_model import SourceUnreachableError
 from tests.hub_server import COMMIT, REPOSITORY, TOKEN, FakeHub, serve_hub
