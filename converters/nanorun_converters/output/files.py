@@ -21,7 +21,7 @@ from nanorun.errors import NanorunError, UsageError
 from nanorun.model.units import format_gib
 from nanorun_converters.output.gguf_header import Layout, padded_bytes
 from nanorun_converters.output.journal import Journal, Stretch
-from nanorun_converters.source.source_model import SourceUnreachableError
+from nanorun_converters.source.files import SourceUnreachableError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -23,8 +23,8 @@ from urllib.parse import quote, urljoin, urlsplit
 import numpy as np
 
 from nanorun.errors import LibraryError, ModelError, NanorunError, UsageError
+from nanorun_converters.source.files import SourceLostError, SourceUnreachableError, Store
 from nanorun_converters.source.range_cache import RangeCache
-from nanorun_converters.source.source_model import SourceLostError, SourceUnreachableError, Store
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

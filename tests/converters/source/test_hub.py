@@ -20,10 +20,10 @@ from nanorun.model.gguf import read_gguf
 from nanorun_converters import convert as convert_module
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert
 from nanorun_converters.output import files as output_module
-from nanorun_converters.source.hub import HubClient, HubFiles, parse_repository
 from nanorun_converters.source import hub as hub_module
+from nanorun_converters.source.files import SourceUnreachableError
+from nanorun_converters.source.hub import HubClient, HubFiles, parse_repository
 from nanorun_converters.source.range_cache import BLOCK_BYTES
-from nanorun_converters.source.source_model import SourceUnreachableError
 from tests.hub_server import COMMIT, REPOSITORY, TOKEN, FakeHub, serve_hub
 from tests.quantized_sources import nvfp4_modelopt, write_quantized_model
 from tests.source_models import write_source_model
