@@ -44,7 +44,6 @@ from nanorun_converters.types.importance import importance  # noqa: E402
 from nanorun_converters.types.search import Measure  # noqa: E402
 from nanorun_quant.imatrix import Imatrix  # noqa: E402
 from nanorun_quant.imatrix_file import read_imatrix  # noqa: E402
-from nanorun_quant.recipe import Assignment  # noqa: E402
 
 SOURCE = ROOT / "nanorun" / "data" / "pico"
 # llama_ftype of llama.h.
@@ -157,8 +156,9 @@ def sensitivity(work: Path, imatrix: Path, text: str, options: EngineOptions) ->
             name = tensor.spec.name
             if name in factors:
                 path = work / f"{type_.label}-{name}.gguf"
-                types = {**plan.assignments, name: Assignment(type_, "alone")}
-                one = replace(plan, assignments=types, out=path)
+                alone = replace(tensor, type=type_, reason="alone")
+                tensors = tuple(alone if t is tensor else t for t in plan.tensors)
+                one = replace(plan, tensors=tensors, out=path)
                 write_plan(one, ConvertOptions(out=path, force=True))
                 paths.append(path)
                 predicted = factors[name] * measured.relative_error(tensor, type_)

@@ -29,7 +29,7 @@ from nanorun_converters.output.gguf_header import Layout, TensorSlot, padded_byt
 from nanorun_converters.source.open import open_source
 from nanorun_quant.fit import fit_recipe
 from nanorun_quant.ggml import load_ggml
-from nanorun_quant.recipe import recipe_by_name
+from nanorun_quant.recipe_names import recipe_by_name
 
 # Rows that are quantized once and repeated; enough that experts differ from one another.
 _N_ROWS = 1031
@@ -65,7 +65,11 @@ def _types(model: str, recipe: str, n_layers: int | None) -> tuple[HybridArch, d
     assert arch is not None
     if n_layers is not None:
         arch = replace(arch, layers=arch.layers[:n_layers])
-    fit = fit_recipe(recipe_by_name(recipe), arch)
+
+    def again(recipe: str, **_: object) -> str:
+        return f"python scripts/make_shape.py {model} --recipe {recipe} --out OUT.gguf"
+
+    fit = fit_recipe(recipe_by_name(recipe), arch, again=again)
     return fit.arch, {name: given.type for name, given in fit.assignments.items()}
 
 

@@ -14,10 +14,12 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from nanorun import __version__
 from nanorun.errors import ModelError, NanorunError, UsageError
@@ -27,14 +29,14 @@ from nanorun_converters.options import ConvertOptions
 from nanorun_converters.output.files import OutputFiles, part_of
 from nanorun_converters.output.gguf_header import Layout, split_paths
 from nanorun_converters.output.pipeline import Hashing, Workers, n_cores
-from nanorun_converters.source.source_model import Files
-from nanorun_converters.tensors.names import Piece, pieces_of
-from nanorun_converters.tensors.nvfp4 import keeps_blocks
+from nanorun_converters.source.files import Files
+from nanorun_converters.tensors.tensor_plan import OutputTensor, Piece, pieces_of
 from nanorun_quant.encode import Encoder
+from nanorun_quant.feedback import Feedback
 from nanorun_quant.ggml import UnquantizableError
+from nanorun_quant.writable_types import NEED_IMATRIX, USE_NO_IMATRIX
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
@@ -92,7 +94,7 @@ def convert(
     started = time.monotonic()
     plan = plan_conversion(source, options)
     if options.dry_run:
-        return summarize(plan, started)
+        return summarize(plan, plan.lay_out(), started)
     return write_plan(plan, options, progress, started)
 
 
@@ -114,19 +116,20 @@ def write_plan(
                 output.parts[0],
             )
         _write_all(plan, output, _n_workers(plan, options), progress)
-    return summarize(plan, started, resumed=output.resumed)
+    return summarize(plan, layouts, started, resumed=output.resumed)
 
 
-def summarize(plan: ConversionPlan, started: float, *, resumed: bool = False) -> ConvertResult:
+def summarize(
+    plan: ConversionPlan, layouts: Sequence[Layout], started: float, *, resumed: bool = False
+) -> ConvertResult:
     """The result of a plan, carried out or not."""
-    layouts = plan.lay_out()
     return ConvertResult(
         path=str(split_paths(plan.out, len(layouts))[0]),
         bytes=sum(layout.file_bytes for layout in layouts),
         n_tensors=len(plan.tensors),
         n_params=plan.n_params,
         bpw=round(plan.bpw, 4),
-        recipe=plan.recipe.name,
+        recipe=plan.recipe,
         types=plan.type_counts(),
         padding=plan.padding,
         seconds=round(time.monotonic() - started, 3),
@@ -159,7 +162,7 @@ def _check_output(
     # killed in between.
     is_cut_short = out not in there and parts[0].is_file()
     if there and not is_cut_short and not options.force:
-        command = replace(options, out=plan.out, force=True).command(plan.source.files.argument)
+        command = options.command(plan.source.files.argument, out=plan.out, force=True)
         raise UsageError(f"{there[0]} exists already", tries=[command])
     # What an earlier run has written already takes no more room.
     written = sum(part.stat().st_size for part in parts if part.is_file())
@@ -210,22 +213,21 @@ def _write_tensors(
     progress: Callable[[ConvertProgress], None] | None,
 ) -> None:
     n_bytes, n_bytes_done = plan.tensor_bytes, output.n_data_done
-    encoder = _PieceEncoder(plan, plan.quantizer.open())
-    for piece, data in workers.map_in_order(encoder, _pieces(plan, n_bytes_done)):
+    encode = _PieceEncoder(plan, plan.quantizer.open())
+    for piece, data in workers.map_in_order(encode, _pieces(plan, n_bytes_done)):
         output.write(data)
         n_bytes_done += data.nbytes
         if progress is not None:
-            progress(ConvertProgress(piece.plan.spec.name, n_bytes_done, n_bytes))
+            progress(ConvertProgress(piece.tensor.spec.name, n_bytes_done, n_bytes))
 
 
-def _pieces(plan: ConversionPlan, n_bytes_done: int) -> Iterator[Piece]:
+def _pieces(plan: ConversionPlan, n_bytes_done: int) -> Iterator[Piece[OutputTensor]]:
     """The pieces to write, after those that make the first `n_bytes_done` of the data."""
     for tensor in plan.tensors:
-        n_tensor = plan.n_bytes_of(tensor)
-        if n_tensor <= n_bytes_done:
-            n_bytes_done -= n_tensor
+        if tensor.n_bytes <= n_bytes_done:
+            n_bytes_done -= tensor.n_bytes
             continue
-        row_bytes = plan.type_of(tensor).row_bytes(tensor.spec.n_per_row)
+        row_bytes = tensor.type.row_bytes(tensor.spec.n_per_row)
         for piece in pieces_of(tensor, PIECE_ELEMENTS):
             if n_bytes_done > 0:
                 n_bytes_done -= piece.n_rows * row_bytes
@@ -240,23 +242,36 @@ class _PieceEncoder:
     plan: ConversionPlan
     encoder: Encoder
 
-    def __call__(self, piece: Piece) -> NDArray[np.uint8]:
-        type_ = self.plan.type_of(piece.plan)
+    def __call__(self, piece: Piece[OutputTensor]) -> NDArray[np.uint8]:
+        tensor = piece.tensor
         try:
-            if keeps_blocks(piece.plan, type_):
+            if tensor.keeps_blocks:
                 return piece.read_blocks()
-            data = piece.read()
-            weights = self.plan.weights_of(piece, data.shape[1])
-            feedback = None
-            if self.plan.feedbacks is not None and type_.is_quantized:
-                feedback = self.plan.feedbacks.of(piece.plan.spec.name, data.shape[1])
-            return self.encoder.encode(data, type_, weights, feedback)
+            weights, feedback = self._weights_of(piece), self._feedback_of(tensor)
+            return self.encoder.encode(piece.read(), tensor.type, weights, feedback)
         except UnquantizableError as error:
             raise ModelError(
-                f"{self.plan.source.folder / piece.part.store.name}: tensor"
+                f"{self.plan.source.origin / piece.part.store.name}: tensor"
                 f" {piece.part.name!r}: {error}",
-                facts=[f"it becomes {piece.plan.spec.name} as {type_.label}"],
+                facts=[f"it becomes {tensor.spec.name} as {tensor.type.label}"],
             ) from error
+
+    def _weights_of(self, piece: Piece[OutputTensor]) -> NDArray[np.float32] | None:
+        """How much an error in each column matters, `(n_per_row,)`; None where all do alike."""
+        type_, spec, imatrix = piece.tensor.type, piece.tensor.spec, self.plan.imatrix
+        if type_ in USE_NO_IMATRIX:
+            return None
+        found = imatrix.weights(spec.name, piece.i_part, spec.n_per_row) if imatrix else None
+        if found is None and type_ in NEED_IMATRIX:
+            # Blocks that an imatrix has not seen (MTP, the embedding) are made as if all inputs
+            # were alike.
+            return np.ones(spec.n_per_row, np.float32)
+        return found
+
+    def _feedback_of(self, tensor: OutputTensor) -> Feedback | None:
+        if self.plan.feedbacks is None or not tensor.type.is_quantized:
+            return None
+        return self.plan.feedbacks.of(tensor.spec.name, tensor.spec.n_per_row)
 
 
 def _peak_rss_bytes() -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from nanorun_quant.recipe import DEFAULT_RECIPE
+from nanorun_quant.recipe import DEFAULT_RECIPE, Again
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +45,26 @@ class ConvertOptions:
     keep_mtp: bool = True
     """Whether a multi-token prediction head comes along."""
 
-    def command(self, source: str) -> str:
-        """The command line that asks for the same of `source`."""
-        default = ConvertOptions()
+    def command(self, source: str, **changes: Any) -> str:
+        """The command line that asks for the same of `source`.
+
+        Args:
+            source: What a person types as SRC.
+            changes: Options that are to be others, by the names of these fields.
+        """
+        asked, default = replace(self, **changes), ConvertOptions()
         words = ["nanorun", "convert", source]
         for flag, name in _FLAGS.items():
-            value = getattr(self, name)
+            value = getattr(asked, name)
             if value != getattr(default, name):
                 words += [flag] if isinstance(value, bool) else [flag, str(value)]
-        for role, type_ in self.type_map.items():
+        for role, type_ in asked.type_map.items():
             words += ["--type-map", f"{role}={type_}"]
         return shlex.join(words)
+
+    def again(self, source: str) -> Again:
+        """`command` of this source, for errors that know which option would help."""
+        return partial(self.command, source)
 
 
 _FLAGS = {

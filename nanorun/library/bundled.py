@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from nanorun import __version__
 
 if TYPE_CHECKING:
-    from nanorun_converters.source.source_model import LocalFile
+    from nanorun_converters.source.files import LocalFile
 
 _DATA = Path(__file__).parents[1] / "data"
 
@@ -46,7 +46,7 @@ class BundledFiles:
 
     def find(self, name: str) -> LocalFile | None:
         """The file of this plain name, or None where there is none."""
-        from nanorun_converters.source.source_model import local_file
+        from nanorun_converters.source.files import local_file
 
         found = (local_file(folder / name) for folder in self.folders)
         return next((file for file in found if file is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -129,9 +130,12 @@ def shape_of_recipe(
     """
     # For a file none of it is needed, and answers to `run` should not wait for numpy.
     from nanorun_quant.fit import fit_recipe
-    from nanorun_quant.recipe import recipe_by_name
+    from nanorun_quant.recipe_names import recipe_by_name
 
-    fit = fit_recipe(recipe_by_name(recipe), arch)
+    def again(recipe: str, **_: object) -> str:
+        return shlex.join(["nanorun", "plan", name, "--recipe", recipe])
+
+    fit = fit_recipe(recipe_by_name(recipe), arch, again=again)
     types = {name: given.type for name, given in fit.assignments.items()}
     tensors = [(s.name, types[s.name], tensor_bytes(s, types[s.name])) for s in fit.specs]
     return ModelShape(

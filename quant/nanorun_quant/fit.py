@@ -13,9 +13,9 @@ from nanorun.model.arch import HybridArch
 from nanorun.model.footprint import tensor_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import TensorSpec, expected_tensors
-from nanorun_quant.ggml import NEED_IMATRIX
 from nanorun_quant.padding import Padding, pad_arch, paddings, refusals
-from nanorun_quant.recipe import Assignment, Recipe, assign
+from nanorun_quant.recipe import Again, Assignment, Recipe, assign
+from nanorun_quant.writable_types import NEED_IMATRIX
 
 MAX_GROWTH = 1.25
 """Padding 3-bit rows by more makes them larger than 4-bit ones that need none. Nano's sizes grow by
@@ -61,11 +61,18 @@ class Fit:
         return sorted(types & NEED_IMATRIX)
 
 
+def count_params(arch: HybridArch) -> int:
+    """Numbers in all tensors that a model of this shape must have."""
+    return sum(spec.n_elements for spec in expected_tensors(arch).values())
+
+
 def fit_recipe(
     recipe: Recipe,
     arch: HybridArch,
     pad: str = "auto",
     overrides: Mapping[str, GgmlType] | None = None,
+    *,
+    again: Again,
 ) -> Fit:
     """Put a recipe on a shape.
 
@@ -73,13 +80,20 @@ def fit_recipe(
     choice, and the fewest bytes among those; every other recipe is padded only where it would not
     fit otherwise. No size grows by more than `MAX_GROWTH` where the recipe fits without.
 
+    Args:
+        recipe: The recipe.
+        arch: The shape before padding.
+        pad: One of `PAD_MODES`.
+        overrides: Role, or `*` for every role, to type; stronger than the recipe.
+        again: Makes the command that an error suggests.
+
     Raises:
         UsageError: If the recipe fits the shape with no padding that `pad` and the model allow.
     """
     fits, refused = [], None
     for padding in paddings(arch, pad):
         try:
-            fits.append(_fit(recipe, arch, padding, overrides))
+            fits.append(_fit(recipe, arch, padding, overrides, again))
         except UsageError as error:
             refused = refused or error
             continue
@@ -97,11 +111,11 @@ def _fit(
     arch: HybridArch,
     padding: Padding,
     overrides: Mapping[str, GgmlType] | None,
+    again: Again,
 ) -> Fit:
     padded = pad_arch(arch, padding)
-    n_params = sum(spec.n_elements for spec in expected_tensors(arch).values())
-    assignments = assign(recipe, expected_tensors(padded).values(), overrides)
-    return Fit(recipe, padded, padding, assignments, n_params)
+    assignments = assign(recipe, expected_tensors(padded).values(), overrides, again=again)
+    return Fit(recipe, padded, padding, assignments, count_params(arch))
 
 
 def _cost(fit: Fit) -> tuple[int, int]:

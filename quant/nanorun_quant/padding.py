@@ -37,10 +37,7 @@ def paddings(arch: HybridArch, mode: str) -> list[Padding]:
         UsageError: If there is no such mode.
     """
     if mode not in PAD_MODES:
-        raise UsageError(
-            f"--pad {mode!r} is none of {' '.join(PAD_MODES)}",
-            tries=["nanorun convert SOURCE --pad auto"],
-        )
+        raise UsageError(f"--pad {mode!r} is none of {' '.join(PAD_MODES)}")
     if mode == "never":
         return [{}]
     refused = refusals(arch)

@@ -7,19 +7,21 @@ fit are named.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nanorun.errors import UsageError
 from nanorun.model.ggml_type import GgmlType
-from nanorun.model.tensor_roles import FLOORS, Role, TensorSpec
-from nanorun_quant.ggml import QUANTIZERS
+from nanorun.model.tensor_roles import Role, TensorSpec
+from nanorun_quant.writable_types import QUANTIZERS
 
 ANY_ROLE = "*"
 DEFAULT_RECIPE = "q8_0"
 
 Types = tuple[GgmlType, ...]
+Again = Callable[..., str]
+"""What a person types to ask for the same with other options: `again(pad="never")`. An error that
+knows which option would help, but not what was typed, makes its suggestion with it."""
 ByTensor = Callable[[Sequence[TensorSpec]], Mapping[str, Types]]
 
 
@@ -54,77 +56,24 @@ class Assignment:
     """Whether this is the type the recipe wanted most."""
 
 
-def recipe_by_name(name: str) -> Recipe:
-    """The recipe called `name`: one of nanorun's, a ggml type for every role, or a preset's.
-
-    Where a preset of llama.cpp is called like a type, upper case (`Q2_K`) means the preset and
-    lower case the type for every role.
-
-    Raises:
-        UsageError: If there is none; the nearest are offered.
-    """
-    from nanorun_quant.presets import PRESETS, preset_by_name
-    from nanorun_quant.recipes import RECIPES
-
-    key = name.lower()
-    if key in RECIPES and name not in PRESETS:
-        return RECIPES[key]
-    by_label = {type_.label: type_ for type_ in QUANTIZERS}
-    if key in by_label and name not in PRESETS:
-        return Recipe(key, 1, by_label[key], summary=f"{key} for every role")
-    preset = preset_by_name(name)
-    if preset is not None:
-        return preset
-    near = difflib.get_close_matches(key, [*RECIPES, *by_label, *map(str.lower, PRESETS)], n=1)
-    raise UsageError(
-        f"there is no recipe {name!r}",
-        facts=[
-            f"recipes: {' '.join(RECIPES)}",
-            f"types: {' '.join(by_label)}",
-            f"llama.cpp's presets: {' '.join(PRESETS)}",
-            *(f"nearest: {n}" for n in near),
-        ],
-    )
-
-
-def writable_type(name: str, what: str = "type") -> GgmlType:
-    """The type called `name`, in any case, if this version can write it.
-
-    Raises:
-        UsageError: Otherwise, naming those it can.
-    """
-    by_label = {type_.label: type_ for type_ in QUANTIZERS}
-    found = by_label.get(name.lower())
-    if found is None:
-        near = difflib.get_close_matches(name.lower(), by_label, n=1)
-        raise UsageError(
-            f"there is no {what} {name!r}",
-            facts=[f"{what}s: {' '.join(by_label)}", *(f"nearest: {n}" for n in near)],
-        )
-    return found
-
-
-def parse_type_map(entries: Mapping[str, str]) -> dict[str, GgmlType]:
-    """The overrides of `--type-map`: role, or `*` for every role, to type.
-
-    Raises:
-        UsageError: If a role or a type cannot be meant.
-    """
-    roles = [role.value for role in FLOORS]
-    for role in entries:
-        if role != ANY_ROLE and role not in roles:
-            near = difflib.get_close_matches(role, roles, n=1)
-            raise UsageError(
-                f"there is no role {role!r} whose type can be chosen",
-                facts=[f"roles: {' '.join(roles)}, or *", *(f"nearest: {n}" for n in near)],
-            )
-    return {role: writable_type(name) for role, name in entries.items()}
+KEPT_F32 = Assignment(GgmlType.F32, "small or sensitive, always f32")
+"""Of a tensor that no recipe may quantize."""
 
 
 def assign(
-    recipe: Recipe, specs: Iterable[TensorSpec], overrides: Mapping[str, GgmlType] | None = None
+    recipe: Recipe,
+    specs: Iterable[TensorSpec],
+    overrides: Mapping[str, GgmlType] | None = None,
+    *,
+    again: Again,
 ) -> dict[str, Assignment]:
-    """Give every tensor its type.
+    """Give every tensor its type, by the tensor's name.
+
+    Args:
+        recipe: Says which.
+        specs: The tensors, all of one model.
+        overrides: Role, or `*` for every role, to type; stronger than the recipe.
+        again: Makes the command that an error suggests.
 
     Raises:
         UsageError: If no type's blocks divide the rows of a tensor.
@@ -134,7 +83,7 @@ def assign(
     assignments = {spec.name: _assign(recipe, spec, named, overrides or {}) for spec in specs}
     misfits = [s for s in specs if s.n_per_row % assignments[s.name].type.block_size]
     if misfits:
-        _refuse_misfits(misfits, assignments)
+        _refuse_misfits(misfits, assignments, again)
     return assignments
 
 
@@ -145,7 +94,7 @@ def _assign(
     overrides: Mapping[str, GgmlType],
 ) -> Assignment:
     if not spec.quantizable:
-        return Assignment(GgmlType.F32, "small or sensitive, always f32")
+        return KEPT_F32
     for key in (spec.role.value, ANY_ROLE):
         if key in overrides:
             return Assignment(overrides[key], f"type map {key}={overrides[key].label}")
@@ -158,7 +107,9 @@ def _assign(
     return Assignment(first, f"recipe {recipe.name}")
 
 
-def _refuse_misfits(misfits: list[TensorSpec], assignments: Mapping[str, Assignment]) -> None:
+def _refuse_misfits(
+    misfits: list[TensorSpec], assignments: Mapping[str, Assignment], again: Again
+) -> None:
     first = misfits[0]
     type_ = assignments[first.name].type
     by_role = {spec.role: spec.n_per_row for spec in misfits}
@@ -172,5 +123,5 @@ def _refuse_misfits(misfits: list[TensorSpec], assignments: Mapping[str, Assignm
             f"rows that do not fit: {rows}",
             f"types that fit them: {' '.join(t.label for t in fitting)}",
         ],
-        tries=[f"nanorun convert SOURCE --recipe {nearest.label}"],
+        tries=[again(recipe=nearest.label, type_map={})],
     )

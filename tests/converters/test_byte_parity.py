@@ -11,9 +11,9 @@ import pytest
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import read_gguf
 from nanorun_converters.convert import ConvertOptions, convert
-from nanorun_quant.ggml import NEED_IMATRIX, QUANTIZERS, USE_NO_IMATRIX
 from nanorun_quant.imatrix import Entry, Imatrix
 from nanorun_quant.imatrix_file import write_imatrix
+from nanorun_quant.writable_types import NEED_IMATRIX, QUANTIZERS, USE_NO_IMATRIX
 from tests.support.source_models import write_source_model
 
 # enum llama_ftype whose default tensor type is the one wanted.

@@ -26,7 +26,7 @@ from nanorun.model.tensor_roles import check_tensors, expected_tensors
 from nanorun_converters import convert as convert_module
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert
 from nanorun_converters.family.config import arch_from_config
-from nanorun_quant.ggml import QUANTIZERS
+from nanorun_quant.writable_types import QUANTIZERS
 from tests.converters.transformers_reference import engine_logits
 from tests.support.source_models import Tensors, write_source_model
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from nanorun.errors import UsageError
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role
-from nanorun_quant.fit import Fit, fit_recipe
-from nanorun_quant.recipe import recipe_by_name
+from nanorun_quant.fit import Fit
+from nanorun_quant.fit import fit_recipe as fit_recipe_of
+from nanorun_quant.recipe_names import recipe_by_name
 from nanorun_quant.recipes import RECIPES
 from tests.model.known_archs import LIGHTNING, NANO, NANO_4B, SUPER
 
 GB = 1e9
+fit_recipe = partial(fit_recipe_of, again="asked again with {recipe}".format)
 # Tensor bytes in GB and true bits per weight: Nano, Lightning, Nano 4B, Super.
 STATED = {
     "q8": ((33.58, 8.51), (35.00, 8.51), (4.23, 8.51), (131.60, 8.52)),

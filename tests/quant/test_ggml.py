@@ -9,7 +9,8 @@ import pytest
 
 from nanorun.errors import LibraryError
 from nanorun.model.ggml_type import GgmlType
-from nanorun_quant.ggml import NEED_IMATRIX, QUANTIZERS, Ggml, UnquantizableError, load_ggml
+from nanorun_quant.ggml import Ggml, UnquantizableError, load_ggml
+from nanorun_quant.writable_types import NEED_IMATRIX, QUANTIZERS
 
 # Relative RMSE on N(0, 0.02), a tenth above what engine measurements gave. ggml's
 # own Q2_0 loses most of it.

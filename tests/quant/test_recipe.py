@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from nanorun.errors import UsageError
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import FLOORS, Role, TensorSpec, expected_tensors
-from nanorun_quant.ggml import QUANTIZERS
-from nanorun_quant.recipe import Assignment, Recipe, assign, parse_type_map, recipe_by_name
+from nanorun_quant.recipe import Assignment, Recipe
+from nanorun_quant.recipe import assign as assign_types
+from nanorun_quant.recipe_names import parse_type_map, recipe_by_name
 from nanorun_quant.recipes import RECIPES
+from nanorun_quant.writable_types import QUANTIZERS
 from tests.model.known_archs import NANO, TINY_MOE
 
 SPECS = list(expected_tensors(TINY_MOE).values())
+assign = partial(assign_types, again="asked again with {recipe}".format)
 
 
 @pytest.mark.parametrize("type_", QUANTIZERS, ids=lambda type_: type_.label)
@@ -59,7 +64,7 @@ def test_k_quants_of_nano_are_refused_and_the_nearest_that_fits_is_offered(name:
     assert "ssm_out" not in error.facts[0]
     assert error.facts[1].endswith("bf16 q8_0 q5_1 q5_0 q4_1 q4_0 iq4_nl nvfp4 mxfp4 q2_0")
     nearest = {"q4_k": "q4_0", "q5_k": "q5_0", "q6_k": "q8_0"}[name]
-    assert error.tries == (f"nanorun convert SOURCE --recipe {nearest}",)
+    assert error.tries == (f"asked again with {nearest}",)
 
 
 def test_row_of_no_block_leaves_the_plain_types() -> None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from nanorun.errors import ModelError
 from nanorun.model.arch import HybridArch, LayerKind, parse_pattern
+from nanorun_quant.recipe import Again
 
 ARCHITECTURES = ("NemotronHForCausalLM", "NemotronHPuzzleForCausalLM")
 PUZZLE = ARCHITECTURES[1]
@@ -80,13 +81,16 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return part if isinstance(part, dict) else config
 
 
-def arch_from_config(config: dict[str, Any], where: str, *, keep_mtp: bool = True) -> HybridArch:
+def arch_from_config(
+    config: dict[str, Any], where: str, *, keep_mtp: bool = True, again: Again | None = None
+) -> HybridArch:
     """The shape of the model that a config.json describes.
 
     Args:
         config: Its content.
         where: What to call it in errors.
         keep_mtp: Whether a multi-token prediction head is part of the model, or left out.
+        again: Makes the command that an error about the head suggests, if there is one.
 
     Raises:
         ModelError: Naming the field that is missing, impossible or not supported.
@@ -111,7 +115,7 @@ def arch_from_config(config: dict[str, Any], where: str, *, keep_mtp: bool = Tru
         ssm_dt_rank=fields.count("mamba_num_heads"),
         ssm_n_group=fields.count("n_groups", "mamba_n_groups"),
         tied_embeddings=fields.flag("tie_word_embeddings", default=False),
-        n_layer_nextn=_n_layer_nextn(fields, family) if keep_mtp else 0,
+        n_layer_nextn=_n_layer_nextn(fields, family, again) if keep_mtp else 0,
         **_mlp_sizes(fields, layers),
         **_expert_sizes(fields, layers, blocks),
     )
@@ -196,12 +200,12 @@ def _family(fields: _Fields, *, is_part: bool) -> str:
     return found[0]
 
 
-def _n_layer_nextn(fields: _Fields, family: str) -> int:
+def _n_layer_nextn(fields: _Fields, family: str, again: Again | None) -> int:
     """MTP blocks that the engine can run; a head of another form is refused, never dropped."""
     n_layer = fields.count("num_nextn_predict_layers", default=0)
     if not n_layer:
         return 0
-    tries = ["nanorun convert SOURCE --no-mtp"]
+    tries = [again(keep_mtp=False)] if again else []
     if family == PUZZLE:
         raise ModelError(
             f"{fields.where}: the engine cannot run the MTP head of a Puzzle model", tries=tries

@@ -34,6 +34,7 @@ QUANTIZATION_VERSION = 2
 SHA256_HEX_LENGTH = 64
 _NEXTN = "nextn_predict_layers"
 _PADDING = "nanorun.padding"
+_HASHES = "nanorun.source.sha256"
 
 # enum llama_ftype of llama.h for a file that is mostly of one type. The engine only prints it.
 _FILE_TYPES = {
@@ -92,9 +93,8 @@ def build_metadata(
     vocabulary: Vocabulary | None,
     generation: Mapping[str, Any],
     provenance: Provenance,
-    hashes: Sequence[str],
 ) -> dict[str, Value]:
-    """Every key of the file, in order.
+    """Every key of the file, in order; those of `with_hashes` to be filled in.
 
     Args:
         source: The source model.
@@ -102,7 +102,6 @@ def build_metadata(
         vocabulary: Its tokenizer; None to leave it out.
         generation: Its generation_config.json.
         provenance: What the conversion makes of it.
-        hashes: SHA-256 of each of `source.stores`, in hex.
     """
     return {
         **_general(source, arch, provenance),
@@ -110,7 +109,7 @@ def build_metadata(
         **_sampling(generation),
         **{f"{arch.name}.{key}": value for key, value in shape_keys(arch).items()},
         **(tokenizer_keys(vocabulary) if vocabulary else {}),
-        **_nanorun(source, arch, provenance, hashes),
+        **_nanorun(source, arch, provenance),
         **_imatrix(provenance.imatrix),
         **_search(provenance),
     }
@@ -121,14 +120,13 @@ def merge_metadata(
     source: SourceModel,
     arch: HybridArch,
     provenance: Provenance,
-    hashes: Sequence[str],
 ) -> dict[str, AnyValue]:
     """The keys of a file that is made from another GGUF: that one's, and what is different now."""
     general = _general(source, arch, provenance)
     changed = ("general.architecture", "general.file_type", "general.quantization_version")
     # The shape is stated anew, and without the head if that is left out.
     kept = {key: value for key, value in carried.items() if not key.endswith(_NEXTN)}
-    own = _nanorun(source, arch, provenance, hashes)
+    own = _nanorun(source, arch, provenance)
     if _PADDING in carried and not provenance.padding:
         del own[_PADDING]
     return {
@@ -139,6 +137,11 @@ def merge_metadata(
         **_imatrix(provenance.imatrix),
         **_search(provenance),
     }
+
+
+def with_hashes(metadata: Mapping[str, AnyValue], hashes: Sequence[str]) -> dict[str, AnyValue]:
+    """The metadata, once the SHA-256 of each of the source's files is known; no longer for that."""
+    return {**metadata, _HASHES: string(tuple(hashes))}
 
 
 def _general(source: SourceModel, arch: HybridArch, provenance: Provenance) -> dict[str, Value]:
@@ -266,9 +269,7 @@ def _templates(vocabulary: Vocabulary) -> dict[str, Value]:
     return keys
 
 
-def _nanorun(
-    source: SourceModel, arch: HybridArch, provenance: Provenance, hashes: Sequence[str]
-) -> dict[str, Value]:
+def _nanorun(source: SourceModel, arch: HybridArch, provenance: Provenance) -> dict[str, Value]:
     by_role = [f"{role.value}={n}" for role, n in provenance.bytes_of_role.items()]
     return {
         "nanorun.version": string(__version__),
@@ -279,7 +280,8 @@ def _nanorun(
         "nanorun.source.repository": string(source.repository),
         "nanorun.source.revision": string(source.revision),
         "nanorun.source.files": string(tuple(store.name for store in source.stores)),
-        "nanorun.source.sha256": string(tuple(hashes)),
+        # Not known before all of the source was read; as many zeros take their place.
+        _HASHES: string(("0" * SHA256_HEX_LENGTH,) * len(source.stores)),
         _PADDING: string(tuple(provenance.padding)),
         "nanorun.bytes_by_role": string(by_role),
     }

@@ -103,7 +103,7 @@ def read_chat_templates(source: SourceModel) -> dict[str, str]:
         if isinstance(value, str):
             return {"default": value}
         if isinstance(value, list):
-            return _named_templates(value, f"{source.folder / file}")
+            return _named_templates(value, f"{source.origin / file}")
     return {}
 
 
@@ -125,7 +125,7 @@ class _Reader:
     """tokenizer.json and what it is read with."""
 
     def __init__(self, source: SourceModel, config: dict[str, Any], n_vocab: int) -> None:
-        self.where = str(source.folder / TOKENIZER_FILE)
+        self.where = str(source.origin / TOKENIZER_FILE)
         self.json = source.read_json(TOKENIZER_FILE)
         self.tokenizer_config = source.find_json("tokenizer_config.json") or {}
         self.config = config

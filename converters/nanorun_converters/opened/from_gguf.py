@@ -18,8 +18,9 @@ from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun.model.tensor_roles import check_tensors, expected_tensors, optional_tensors
 from nanorun_converters.output.gguf_header import RawValue
-from nanorun_converters.source.source_model import SourceModel, SourceTensor, Store, local_file
-from nanorun_converters.tensors.names import TensorPlan
+from nanorun_converters.source.files import Store, local_file
+from nanorun_converters.source.source_model import SourceModel, SourceTensor
+from nanorun_converters.tensors.tensor_plan import TensorPlan
 
 SUFFIX = ".gguf"
 _DTYPES = {GgmlType.F32: "F32", GgmlType.F16: "F16", GgmlType.BF16: "BF16"}

@@ -6,23 +6,23 @@ make it, and what else the output's metadata needs.
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanorun.errors import NanorunError
 from nanorun.model.arch import HybridArch
 from nanorun_converters.family.config import arch_from_config, text_config
 from nanorun_converters.family.tokenizer import TOKENIZER_FILE, Vocabulary, read_vocabulary
 from nanorun_converters.opened.from_gguf import is_gguf, open_gguf
+from nanorun_converters.options import ConvertOptions
 from nanorun_converters.output.gguf_header import RawValue
-from nanorun_converters.source.open import open_files, open_source
+from nanorun_converters.source.files import Files
+from nanorun_converters.source.open import open_source
 from nanorun_converters.source.scheme import CONFIG_FILE, Scheme, read_scheme
-from nanorun_converters.source.source_model import Files, SourceModel
-from nanorun_converters.tensors.names import TensorPlan, plan_tensors
+from nanorun_converters.source.source_model import SourceModel
+from nanorun_converters.tensors.names import plan_tensors
+from nanorun_converters.tensors.tensor_plan import TensorPlan
 
 GENERATION_FILE = "generation_config.json"
 
@@ -46,44 +46,30 @@ class OpenedModel:
 
 
 def open_model(
-    origin: Path | Files, *, keep_mtp: bool = True, needs_weights: bool = True
+    source: Path | Files, options: ConvertOptions, *, needs_weights: bool = True
 ) -> OpenedModel:
     """Open and check the model to be converted.
 
     Args:
-        origin: The folder of a source model, a GGUF, or the files of one elsewhere.
-        keep_mtp: Whether a multi-token prediction head comes along.
+        source: The folder of a source model, a GGUF, or the files of one elsewhere.
+        options: Say whether a multi-token prediction head comes along.
         needs_weights: Whether weights and tokenizer must be there; a plan does without.
 
     Raises:
         ModelError: If it is damaged or not supported.
     """
-    if isinstance(origin, Path) and is_gguf(origin):
-        gguf = open_gguf(origin, keep_mtp=keep_mtp)
+    keep_mtp = options.keep_mtp
+    if isinstance(source, Path) and is_gguf(source):
+        gguf = open_gguf(source, keep_mtp=keep_mtp)
         return OpenedModel(gguf.model, gguf.arch, tuple(gguf.tensors), carried=gguf.metadata)
-    if isinstance(origin, Path):
-        source = open_source(origin, needs_weights=needs_weights)
-    else:
-        source = open_files(origin, needs_weights=needs_weights)
-    config = source.read_json(CONFIG_FILE)
-    scheme = read_scheme(source, config)
-    with for_source(source):
-        where = str(source.folder / CONFIG_FILE)
-        arch = arch_from_config(config, where, keep_mtp=keep_mtp)
-    tensors = plan_tensors(source, arch, keep_mtp=keep_mtp)
+    opened = open_source(source, needs_weights=needs_weights)
+    config = opened.read_json(CONFIG_FILE)
+    scheme = read_scheme(opened, config)
+    where, again = str(opened.origin / CONFIG_FILE), options.again(opened.files.argument)
+    arch = arch_from_config(config, where, keep_mtp=keep_mtp, again=again)
+    tensors = plan_tensors(opened, arch, keep_mtp=keep_mtp)
     vocabulary = None
-    if needs_weights or source.files.find(TOKENIZER_FILE) is not None:
-        vocabulary = read_vocabulary(source, text_config(config), arch.n_vocab)
-    generation = source.find_json(GENERATION_FILE) or {}
-    return OpenedModel(source, arch, tuple(tensors), vocabulary, scheme, generation)
-
-
-@contextmanager
-def for_source(source: SourceModel) -> Iterator[None]:
-    """Fill in SOURCE: a recipe or a config knows what would help, but not where it came from."""
-    try:
-        yield
-    except NanorunError as error:
-        argument = shlex.quote(source.files.argument)
-        tries = [command.replace("SOURCE", argument) for command in error.tries]
-        raise type(error)(error.message, facts=error.facts, tries=tries) from error
+    if needs_weights or opened.files.find(TOKENIZER_FILE) is not None:
+        vocabulary = read_vocabulary(opened, text_config(config), arch.n_vocab)
+    generation = opened.find_json(GENERATION_FILE) or {}
+    return OpenedModel(opened, arch, tuple(tensors), vocabulary, scheme, generation)

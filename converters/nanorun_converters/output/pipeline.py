@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from nanorun_converters.source.source_model import Store
-from nanorun_converters.tensors.names import Piece
+from nanorun_converters.source.files import Store
+from nanorun_converters.tensors.tensor_plan import OutputTensor, Piece
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+_Piece = Piece[OutputTensor]
 
 N_PIECES_AHEAD = 3
 """Pieces handed out beyond one a thread, to keep threads busy while the first is written."""
@@ -51,10 +53,10 @@ class Workers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def map_in_order(
-        self, encode: Callable[[Piece], NDArray[np.uint8]], pieces: Iterable[Piece]
-    ) -> Iterator[tuple[Piece, NDArray[np.uint8]]]:
+        self, encode: Callable[[_Piece], NDArray[np.uint8]], pieces: Iterable[_Piece]
+    ) -> Iterator[tuple[_Piece, NDArray[np.uint8]]]:
         """Each piece with its bytes, in the order of `pieces`."""
-        ahead: deque[tuple[Piece, Future[NDArray[np.uint8]]]] = deque()
+        ahead: deque[tuple[_Piece, Future[NDArray[np.uint8]]]] = deque()
         for piece in pieces:
             ahead.append((piece, self._pool.submit(encode, piece)))
             if len(ahead) >= self._n_ahead:

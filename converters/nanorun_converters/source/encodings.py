@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from nanorun_converters.source.source_model import SourceTensor, Store
+from nanorun_converters.source.files import Store
+from nanorun_converters.source.source_model import SourceTensor
 from nanorun_quant.ggml import UnquantizableError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Part(Protocol):
 
     @property
     def store(self) -> Store:
-        """Where it lies."""
+        """The file that holds it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -45,12 +46,8 @@ class Part(Protocol):
     def n_elements(self) -> int:
         """Numbers the tensor holds."""
 
-    @property
-    def encoding(self) -> str:
-        """Its dtype, or the name of the scheme."""
-
     def read(self, first: int, end: int) -> NDArray[np.float32]:
-        """Elements `first` to `end`, which are whole rows."""
+        """Elements `first` to `end`, which are whole rows: shape `(end - first,)`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +65,7 @@ class Fp8Tensor:
 
     @property
     def store(self) -> Store:
-        """Where the codes lie."""
+        """The file that holds the codes."""
         return self.weight.store
 
     @property
@@ -81,13 +78,8 @@ class Fp8Tensor:
         """Numbers the tensor holds."""
         return self.weight.n_elements
 
-    @property
-    def encoding(self) -> str:
-        """For the table of types."""
-        return "fp8"
-
     def read(self, first: int, end: int) -> NDArray[np.float32]:
-        """Elements `first` to `end`, which are whole rows."""
+        """Elements `first` to `end`, which are whole rows: shape `(end - first,)`."""
         n_columns = self.shape[-1]
         codes = self.weight.read_bytes(first, end)
         values = FP8_VALUES[self.weight.dtype][codes].reshape(-1, n_columns)
@@ -130,7 +122,7 @@ class Nvfp4Tensor:
 
     @property
     def store(self) -> Store:
-        """Where the codes lie."""
+        """The file that holds the codes."""
         return self.codes.store
 
     @property
@@ -143,13 +135,8 @@ class Nvfp4Tensor:
         """Numbers the tensor holds."""
         return math.prod(self.shape)
 
-    @property
-    def encoding(self) -> str:
-        """For the table of types."""
-        return "nvfp4"
-
     def read(self, first: int, end: int) -> NDArray[np.float32]:
-        """Elements `first` to `end`, which are whole rows."""
+        """Elements `first` to `end`, which are whole rows: shape `(end - first,)`."""
         # E2M1 times E4M3 has 6 significant bits: exact in float32 whatever the exponents.
         scales = FP8_VALUES["F8_E4M3"][self._scale_bytes(first, end)]
         values = _PAIR_VALUES[self.codes.read_bytes(first // 2, end // 2)]
@@ -167,7 +154,7 @@ class Nvfp4Tensor:
         """Elements `first` to `end`, which are whole rows, as ggml's blocks; no bit is lost.
 
         Returns:
-            The bytes of each row, without the factor.
+            The bytes of each row, without the factor: shape `(rows, row_bytes)`.
 
         Raises:
             UnquantizableError: If a scale is negative or not a number, which ggml cannot hold.
@@ -193,6 +180,40 @@ class Nvfp4Tensor:
 
     def _scale_bytes(self, first: int, end: int) -> NDArray[np.uint8]:
         return self.scales.read_bytes(first // NVFP4_GROUP, end // NVFP4_GROUP)
+
+
+@dataclass(frozen=True, slots=True)
+class Nvfp4Factors:
+    """The factors of NVFP4 matrices (the experts of a layer, or a single one), as a vector."""
+
+    tensors: tuple[SourceTensor, ...]
+    is_divisor: bool
+
+    @property
+    def name(self) -> str:
+        """As the source model has the first."""
+        return self.tensors[0].name
+
+    @property
+    def store(self) -> Store:
+        """The file that holds the first."""
+        return self.tensors[0].store
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One entry a matrix."""
+        return (len(self.tensors),)
+
+    @property
+    def n_elements(self) -> int:
+        """Matrices."""
+        return len(self.tensors)
+
+    def read(self, first: int, end: int) -> NDArray[np.float32]:
+        """What to multiply matrices `first` to `end` by: shape `(end - first,)`."""
+        values = np.concatenate([tensor.read(0, 1) for tensor in self.tensors[first:end]])
+        with np.errstate(all="ignore"):
+            return np.reciprocal(values) if self.is_divisor else values
 
 
 def _fp8_table(n_mantissa: int, has_infinity: bool) -> NDArray[np.float32]:

@@ -17,11 +17,14 @@ from urllib.parse import quote
 
 import numpy as np
 
-from nanorun.errors import ModelError, SourceUnreachableError
+from nanorun.errors import (
+    ModelError,
+    SourceUnreachableError,
+)
 from nanorun.net.environment import hub_endpoint, without_password
 from nanorun.net.ranges import N_CONNECTIONS, Http, Pause, Policy, RangeFile, forbidden
+from nanorun_converters.source.files import Store
 from nanorun_converters.source.range_cache import RangeCache
-from nanorun_converters.source.source_model import Store
 
 if TYPE_CHECKING:
     import httpx

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanorun.errors import ModelError
+from nanorun_converters.source.files import Files, LocalFiles, MissingFile, Store
 from nanorun_converters.source.safetensors_header import read_header
 from nanorun_converters.source.source_model import (
     UNKNOWN_DTYPE,
-    Files,
-    LocalFiles,
-    MissingFile,
     SourceModel,
     SourceTensor,
-    Store,
     read_json,
 )
 
@@ -28,24 +25,20 @@ SINGLE_FILE = "model.safetensors"
 SUFFIX = ".safetensors"
 
 
-def open_source(folder: Path, *, needs_weights: bool = True) -> SourceModel:
-    """Open the source model in a folder; raises as `open_files` does."""
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
-        raise ModelError(f"{folder}: expected the folder of a source model, found {found}")
-    return open_files(LocalFiles(folder), needs_weights=needs_weights)
-
-
-def open_files(files: Files, *, needs_weights: bool = True) -> SourceModel:
+def open_source(source: Path | Files, *, needs_weights: bool = True) -> SourceModel:
     """Read the index and the header of every file of weights.
 
     Args:
-        files: Where they are.
+        source: The folder of a source model, or its files elsewhere.
         needs_weights: Whether the files that an index names must be there; a plan does without.
 
     Raises:
-        ModelError: If they hold no whole source model.
+        ModelError: If there is no whole source model.
     """
+    if isinstance(source, Path) and not source.is_dir():
+        found = "a file" if source.exists() else "nothing there"
+        raise ModelError(f"{source}: expected the folder of a source model, found {found}")
+    files = LocalFiles(source) if isinstance(source, Path) else source
     try:
         index = files.find(INDEX_FILE)
         tensors = _single(files) if index is None else _indexed(files, index, needs_weights)

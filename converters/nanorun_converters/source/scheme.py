@@ -46,10 +46,10 @@ def read_scheme(source: SourceModel, config: Mapping[str, Any]) -> Scheme:
     Raises:
         ModelError: If it is one whose weights cannot be decoded by their tensors alone.
     """
-    where = f"{source.folder / CONFIG_FILE}: quantization_config"
+    where = f"{source.origin / CONFIG_FILE}: quantization_config"
     stated = config.get("quantization_config")
     if stated is None:
-        where = str(source.folder / MODELOPT_FILE)
+        where = str(source.origin / MODELOPT_FILE)
         found = source.find_json(MODELOPT_FILE)
         stated = None if found is None else {"quant_method": "modelopt", **_inner(found)}
     if stated is None:

@@ -1,22 +1,21 @@
-"""A source model: the configs and files of weights that a conversion starts from.
+"""A source model: the tensors that its files hold, and how their bytes become numbers.
 
-Owns how files are read, where each tensor lies in them, and how its bytes become numbers. Tensors
-are read in runs of rows, so nothing here ever holds one whole, and any thread may read. It knows no
-tensor's meaning.
+Tensors are read in runs of rows, so nothing here ever holds one whole, and any thread may read. No
+tensor's meaning is known here.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanorun.errors import ModelError, SourceLostError
+from nanorun.errors import ModelError
+from nanorun_converters.source.files import Files, Store
 from nanorun_converters.source.safetensors_header import DTYPE_BYTES
 
 if TYPE_CHECKING:
@@ -26,103 +25,6 @@ MAX_JSON_BYTES = 256 * 2**20
 READABLE_DTYPES = ("BF16", "F16", "F32")
 UNKNOWN_DTYPE = ""
 """Of a tensor that an index names, in a file that is not there; a plan needs no more."""
-
-
-class Store(Protocol):
-    """Something whose bytes can be read by range: a file, or an object on the Hub."""
-
-    @property
-    def name(self) -> str:
-        """What to call it in errors and in the output's metadata."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the whole."""
-
-    @property
-    def stamp(self) -> str:
-        """Changes when the content does."""
-
-    @property
-    def sha256(self) -> str:
-        """Hash of the content in hex, where it is known without reading it, or ""."""
-
-    def read(self, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-        """Exactly `n_bytes` bytes from `offset`; any thread may call."""
-
-
-class Files(Protocol):
-    """The files of a source model: those of a folder, or of a repository on the Hub."""
-
-    @property
-    def where(self) -> PurePath:
-        """What to call the whole in errors; a file is called `where / name`."""
-
-    @property
-    def repository(self) -> str:
-        """`owner/name` on the Hub where known, else the folder's own name."""
-
-    @property
-    def revision(self) -> str:
-        """Commit on the Hub, or "" where not known."""
-
-    @property
-    def argument(self) -> str:
-        """What a person types as SRC for it."""
-
-    @property
-    def n_reads_ahead(self) -> int:
-        """Reads worth having under way beside those that the cores work on."""
-
-    def names(self) -> list[str]:
-        """The names of all files, sorted."""
-
-    def find(self, name: str) -> Store | None:
-        """The file of this plain name, or None where there is none."""
-
-    def give_up(self) -> None:
-        """End what is read just now, and read no more; any thread may call."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFile:
-    """A file on disk. Opened anew for each read, so threads share no position."""
-
-    path: Path
-    n_bytes: int
-    stamp: str = ""
-    sha256: str = ""
-
-    @property
-    def name(self) -> str:
-        """The file's name, without its folder."""
-        return self.path.name
-
-    def read(self, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-        """Read into an array of its own, not through a mapping: mapped pages count as our memory.
-
-        Raises:
-            ModelError: If the file cannot be read, ends before the range does, or is another by
-                now.
-        """
-        buffer = np.empty(n_bytes, np.uint8)
-        view, done = buffer.data, 0
-        try:
-            with self.path.open("rb", buffering=0) as stream:
-                stream.seek(offset)
-                while done < n_bytes and (n := stream.readinto(view[done:])):
-                    done += n
-                stamp = _stamp(os.fstat(stream.fileno()))
-        except OSError as error:
-            raise SourceLostError(f"{self.path}: {error.strerror or error}") from error
-        if done < n_bytes:
-            raise ModelError(
-                f"{self.path}: expected {n_bytes} bytes at byte {offset}, found {done}",
-                facts=["the file was cut short while it was read"],
-            )
-        if self.stamp and stamp != self.stamp:
-            raise ModelError(f"{self.path} was changed while it was read")
-        return buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +43,6 @@ class SourceTensor:
     def n_elements(self) -> int:
         """Numbers the tensor holds."""
         return math.prod(self.shape)
-
-    @property
-    def encoding(self) -> str:
-        """Its dtype, for the table of types."""
-        return self.dtype.lower()
 
     def assumed(self, dtype: str, shape: tuple[int, ...]) -> SourceTensor:
         """The same, taken to be of this form."""
@@ -173,74 +70,6 @@ class SourceTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class MissingFile:
-    """A file that an index names and that is not there: enough to plan, not to convert."""
-
-    name: str
-    n_bytes: int = 0
-    stamp: str = ""
-    sha256: str = ""
-
-    def read(self, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-        """Raises, always."""
-        raise ModelError(f"{self.name}: expected this file of weights, found nothing there")
-
-
-@dataclass(frozen=True, slots=True)
-class LocalFiles:
-    """The files of a folder."""
-
-    where: Path
-    n_reads_ahead: int = 0
-
-    @property
-    def argument(self) -> str:
-        """What a person types as SRC for it."""
-        return str(self.where)
-
-    @property
-    def repository(self) -> str:
-        """That of the snapshot, where the folder is one in the Hub's cache layout."""
-        parts = self.where.resolve().parts
-        if self._is_snapshot:
-            return parts[-3].removeprefix("models--").replace("--", "/", 1)
-        return self.where.resolve().name
-
-    @property
-    def revision(self) -> str:
-        """That of the snapshot."""
-        return self.where.resolve().name if self._is_snapshot else ""
-
-    @property
-    def _is_snapshot(self) -> bool:
-        parts = self.where.resolve().parts
-        return len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--")
-
-    def names(self) -> list[str]:
-        """The names of all files, sorted."""
-        return sorted(path.name for path in self.where.iterdir())
-
-    def find(self, name: str) -> Store | None:
-        """The file of this plain name, or None where there is none."""
-        return local_file(self.where / name)
-
-    def give_up(self) -> None:
-        """Nothing to do: a disk answers soon."""
-
-
-def local_file(path: Path) -> LocalFile | None:
-    """The file at `path`, as it is now."""
-    if not path.is_file():
-        return None
-    status = path.stat()
-    return LocalFile(path, status.st_size, _stamp(status))
-
-
-def _stamp(status: os.stat_result) -> str:
-    return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-@dataclass(frozen=True, slots=True)
 class SourceModel:
     """Everything about a source model that is known without reading a weight."""
 
@@ -250,7 +79,7 @@ class SourceModel:
     """The files of weights, by name."""
 
     @property
-    def folder(self) -> PurePath:
+    def origin(self) -> PurePath:
         """What to call the source in errors, and in commands to try."""
         return self.files.where
 
@@ -277,18 +106,18 @@ class SourceModel:
         """
         found = self.find_json(name)
         if found is None:
-            raise ModelError(f"{self.folder}: expected a file {name}, found none")
+            raise ModelError(f"{self.origin}: expected a file {name}, found none")
         return found
 
     def find_json(self, name: str) -> dict[str, Any] | None:
         """The object in file `name`, or None where there is no such file."""
         store = self.files.find(name)
-        return None if store is None else read_json(store, str(self.folder / name))
+        return None if store is None else read_json(store, str(self.origin / name))
 
     def find_text(self, name: str) -> str | None:
         """The text of file `name`, or None where there is no such file."""
         store = self.files.find(name)
-        return None if store is None else _read_text(store, str(self.folder / name))
+        return None if store is None else _read_text(store, str(self.origin / name))
 
 
 def read_json(store: Store, where: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ _CALIBRATION = re.compile(
 _FP8_BLOCK = 128
 
 
-class Tensors:
+class Claims:
     """The tensors of a source model, and which of them have a use."""
 
     def __init__(self, source: SourceModel) -> None:
@@ -90,7 +90,7 @@ class Tensors:
         unused = {name for name in unused if not _is_calibration(name, modules)}
         if unused:
             raise ModelError(
-                f"{self.source.folder}: tensor {min(unused)!r} is none that {what} has",
+                f"{self.source.origin}: tensor {min(unused)!r} is none that {what} has",
                 facts=[f"{len(unused)} such tensors, and leaving them out could change answers"],
             )
 
@@ -100,7 +100,7 @@ class Tensors:
                 if any(self.has(f"{root}{trunk}embeddings.weight{s}") for s in ("", "_packed")):
                     return root, root + trunk
         raise ModelError(
-            f"{self.source.folder}: expected tensor 'backbone.embeddings.weight', found no such"
+            f"{self.source.origin}: expected tensor 'backbone.embeddings.weight', found no such"
             " tensor"
         )
 
@@ -175,7 +175,7 @@ class Tensors:
         tensor = self.source.tensors.get(name)
         if tensor is None:
             raise ModelError(
-                f"{self.source.folder}: tensor {name!r}: expected shape {list(shape)},"
+                f"{self.source.origin}: tensor {name!r}: expected shape {list(shape)},"
                 " found no such tensor"
             )
         self._used.add(name)
@@ -188,7 +188,7 @@ class Tensors:
         return tensor
 
     def _refuse(self, tensor: SourceTensor, expected: str, found: str) -> NoReturn:
-        path = self.source.folder / tensor.store.name
+        path = self.source.origin / tensor.store.name
         raise ModelError(f"{path}: tensor {tensor.name!r}: expected {expected}, found {found}")
 
 

@@ -11,7 +11,7 @@ one by one.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,81 +19,13 @@ import numpy as np
 
 from nanorun.model.arch import HybridArch
 from nanorun.model.tensor_roles import Role, TensorSpec, expected_tensors
-from nanorun_converters.source.encodings import Nvfp4Tensor, Part
+from nanorun_converters.source.encodings import Part
 from nanorun_converters.source.source_model import SourceModel
-from nanorun_converters.tensors.claims import Shape, Tensors
-from nanorun_converters.tensors.padding import Frame
+from nanorun_converters.tensors.claims import Claims, Shape
+from nanorun_converters.tensors.tensor_plan import TensorPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-@dataclass(frozen=True, slots=True)
-class TensorPlan:
-    """One tensor of the GGUF and where its numbers come from."""
-
-    spec: TensorSpec
-    parts: tuple[Part, ...]
-    """Their elements, one part after the other, are the tensor's."""
-    transform: Callable[[NDArray[np.float32]], NDArray[np.float32]] | None = None
-    """Applied to every element alike; None to take them as they are."""
-    frame: Frame | None = None
-    """The zeros around each part, where the tensor is larger than its source."""
-
-    @property
-    def n_per_row(self) -> int:
-        """Elements of a row of the source."""
-        return self.frame.n_per_row if self.frame else self.spec.n_per_row
-
-    @property
-    def is_nvfp4(self) -> bool:
-        """Whether its blocks can be moved into the file as they are."""
-        is_whole = self.frame is None or not self.frame.changes_anything
-        return is_whole and all(isinstance(part, Nvfp4Tensor) for part in self.parts)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Whole rows of one part: what is read, quantized and written in one step."""
-
-    plan: TensorPlan
-    part: Part
-    first: int
-    """Element of the part."""
-    end: int
-    i_part: int = 0
-    """Which of the plan's parts it is of: for experts, whose."""
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of the GGUF that it makes."""
-        n_rows = (self.end - self.first) // self.plan.n_per_row
-        frame = self.plan.frame
-        return n_rows + (frame.n_rows if frame and self.end == self.part.n_elements else 0)
-
-    def read(self) -> NDArray[np.float32]:
-        """The rows as the engine wants them, `(n_rows, n_per_row)`."""
-        data = self.part.read(self.first, self.end)
-        if self.plan.transform is not None:
-            data = self.plan.transform(data)
-        rows = data.reshape(-1, self.plan.n_per_row)
-        frame = self.plan.frame
-        return frame.apply(rows, is_last=self.end == self.part.n_elements) if frame else rows
-
-    def read_blocks(self) -> NDArray[np.uint8]:
-        """The rows of a tensor that `is_nvfp4`, as ggml's NVFP4 blocks."""
-        if not isinstance(self.part, Nvfp4Tensor):
-            raise ValueError(f"{self.part.name} holds no NVFP4")
-        return self.part.read_blocks(self.first, self.end)
-
-
-def pieces_of(plan: TensorPlan, max_elements: int) -> Iterator[Piece]:
-    """Cut a tensor into pieces of at most `max_elements`, or one row where that is longer."""
-    n_per_row = plan.n_per_row
-    step = max(1, max_elements // n_per_row) * n_per_row
-    for i_part, part in enumerate(plan.parts):
-        for first in range(0, part.n_elements, step):
-            yield Piece(plan, part, first, min(first + step, part.n_elements), i_part)
 
 
 def plan_tensors(
@@ -109,14 +41,14 @@ def plan_tensors(
     Raises:
         ModelError: If a tensor is missing, of a wrong shape or dtype, or not understood.
     """
-    tensors = Tensors(source)
-    finder = _Finder(tensors, arch)
-    plans = [finder.plan(spec) for spec in expected_tensors(arch).values()]
+    claims = Claims(source)
+    finder = _Finder(claims, arch)
+    tensors = [finder.find(spec) for spec in expected_tensors(arch).values()]
     if not keep_mtp:
-        tensors.leave_out(f"{tensors.root}{_MTP}")
-    ignore = [f"{tensors.root}{_OUTPUT}"] if arch.tied_embeddings else []
-    tensors.refuse_unused(f"a NemotronH model of pattern {arch.pattern}", ignore=ignore)
-    return plans
+        claims.leave_out(f"{claims.root}{_MTP}")
+    ignore = [f"{claims.root}{_OUTPUT}"] if arch.tied_embeddings else []
+    claims.refuse_unused(f"a NemotronH model of pattern {arch.pattern}", ignore=ignore)
+    return tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,14 +124,14 @@ _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)")
 class _Finder:
     """Knows the source's names of the tensors of a GGUF."""
 
-    tensors: Tensors
+    claims: Claims
     arch: HybridArch
 
-    def plan(self, spec: TensorSpec) -> TensorPlan:
+    def find(self, spec: TensorSpec) -> TensorPlan:
         """Find the parts of one tensor."""
         in_block = _BLOCK_NAME.fullmatch(spec.name)
         if in_block is None:
-            return self._plan_outside(spec)
+            return self._find_outside(spec)
         layer, suffix = self._layer(int(in_block[1]), in_block[2]), in_block[2]
         if spec.role in _EXPERT_PROJECTIONS:
             return TensorPlan(spec, self._experts(spec, layer))
@@ -208,22 +140,22 @@ class _Finder:
         else:
             rule = _LAYER_RULES[suffix]
         names = [layer + name for name in rule.names]
-        part = self.tensors.weight(names, rule.shape(spec.shape))
+        part = self.claims.weight(names, rule.shape(spec.shape))
         return TensorPlan(spec, (part,), rule.transform)
 
-    def _plan_outside(self, spec: TensorSpec) -> TensorPlan:
+    def _find_outside(self, spec: TensorSpec) -> TensorPlan:
         if spec.role is Role.OUTPUT:
-            names = [f"{self.tensors.root}{_OUTPUT}"]
+            names = [f"{self.claims.root}{_OUTPUT}"]
         else:
-            names = [self.tensors.trunk + name for name in _TRUNK_RULES[spec.name].names]
-        return TensorPlan(spec, (self.tensors.weight(names, spec.shape),))
+            names = [self.claims.trunk + name for name in _TRUNK_RULES[spec.name].names]
+        return TensorPlan(spec, (self.claims.weight(names, spec.shape),))
 
     def _layer(self, i_layer: int, suffix: str) -> str:
         """What the names of the source's layer start with."""
         if i_layer < self.arch.n_layer:
-            return f"{self.tensors.trunk}layers.{i_layer}."
+            return f"{self.claims.trunk}layers.{i_layer}."
         is_attention = suffix.startswith("attn_") or _MTP_RULES.get(suffix, "1.").startswith("0.")
-        return f"{self.tensors.root}{_MTP}layers.{0 if is_attention else 1}."
+        return f"{self.claims.root}{_MTP}layers.{0 if is_attention else 1}."
 
     def _experts(self, spec: TensorSpec, layer: str) -> tuple[Part, ...]:
         """The `(F, L)` or `(L, F)` matrices of a layer's experts, in order."""
@@ -233,10 +165,10 @@ class _Finder:
             f"{layer}mixer.experts.{projection}",
             f"{layer}mixer.experts.{projection}.weight",
         ):
-            if self.tensors.has(stacked):
-                whole = self.tensors.plain(stacked, spec.shape)
+            if self.claims.has(stacked):
+                whole = self.claims.plain(stacked, spec.shape)
                 return tuple(whole.part(i) for i in range(spec.shape[0]))
         return tuple(
-            self.tensors.weight([f"{layer}mixer.experts.{i}.{projection}.weight"], spec.shape[1:])
+            self.claims.weight([f"{layer}mixer.experts.{i}.{projection}.weight"], spec.shape[1:])
             for i in range(spec.shape[0])
         )

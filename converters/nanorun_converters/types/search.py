@@ -9,7 +9,7 @@ was measured (`nanorun imatrix --sensitivity`). Types are then chosen by `nanoru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,17 +21,18 @@ from nanorun.model.footprint import tensor_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role, expected_tensors
 from nanorun.model.units import format_gib
-from nanorun_converters.tensors.names import Piece, TensorPlan
 from nanorun_converters.tensors.padding import pad_tensors
+from nanorun_converters.tensors.tensor_plan import OutputTensor, Piece, TensorPlan
 from nanorun_converters.types.importance import importance, with_measured
 from nanorun_quant.encode import Encoder, powers
 from nanorun_quant.feedback import Feedback, Feedbacks
-from nanorun_quant.fit import Fit
-from nanorun_quant.ggml import NEED_IMATRIX, UnquantizableError
+from nanorun_quant.fit import Fit, count_params
+from nanorun_quant.ggml import UnquantizableError
 from nanorun_quant.imatrix import Imatrix
 from nanorun_quant.padding import Padding, pad_arch, paddings
-from nanorun_quant.recipe import Assignment, Recipe
+from nanorun_quant.recipe import KEPT_F32, Again, Assignment, Recipe
 from nanorun_quant.search import Candidate, Item, allocate
+from nanorun_quant.writable_types import NEED_IMATRIX
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,6 +63,8 @@ class Target:
     n_bytes: int
     name: str
     """What the recipe is called in the file: `search-14.6GB`."""
+    header_bytes: int = 0
+    """What the file takes beside its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,14 @@ def search_types(
     encoder: Encoder,
     feedbacks: Feedbacks | None = None,
     progress: Callable[[AllocateProgress], None] | None = None,
+    *,
+    again: Again,
 ) -> Fit:
     """The padding and the types of least error within the target.
 
     Raises:
-        UsageError: If even the smallest types do not fit.
+        UsageError: If even the smallest types do not fit; it suggests what `again` makes of the
+            size that they do fit in.
     """
     measure = Measure(encoder, imatrix, feedbacks)
     measured = imatrix.sensitivity if imatrix else {}
@@ -96,12 +102,12 @@ def search_types(
     for padding in paddings(arch, pad):
         padded = pad_arch(arch, padding)
         items = []
-        plans = [t for t in pad_tensors(tensors, arch, padded) if t.spec.quantizable]
-        for i, plan in enumerate(plans):
+        grown = [t for t in pad_tensors(tensors, arch, padded, again=again) if t.spec.quantizable]
+        for i, tensor in enumerate(grown):
             if progress is not None:
-                progress(AllocateProgress(plan.spec.name, i, len(plans)))
-            candidates = measure.candidates(plan, factors[plan.spec.name])
-            items.append(Item(plan.spec.name, tuple(candidates)))
+                progress(AllocateProgress(tensor.spec.name, i, len(grown)))
+            candidates = measure.candidates(tensor, factors[tensor.spec.name])
+            items.append(Item(tensor.spec.name, tuple(candidates)))
         fixed = _unquantized_bytes(padded)
         least = fixed + sum(min(c.n_bytes for c in item.candidates) for item in items)
         smallest = min(smallest or least, least)
@@ -113,12 +119,19 @@ def search_types(
             names = [item.name for item in items]
             best = error, _fit(target, arch, padded, padding, dict(zip(names, chosen, strict=True)))
     if best is None:
-        raise UsageError(
-            f"no types make this model as small as {format_gib(target.n_bytes)}",
-            facts=[f"the smallest is {format_gib(smallest)}"],
-            tries=[f"nanorun convert SOURCE --target-size {-(-smallest // 2**20)}MiB"],
-        )
+        raise _too_small(target, smallest, again)
     return best[1]
+
+
+def _too_small(target: Target, smallest: int, again: Again) -> UsageError:
+    # As many MiB as hold the whole file, so that the suggestion is met.
+    n_bytes = -(-(smallest + target.header_bytes) // 2**20) * 2**20
+    wanted = target.n_bytes + target.header_bytes
+    return UsageError(
+        f"no types make this model as small as {format_gib(wanted)}",
+        facts=[f"the smallest is {format_gib(smallest + target.header_bytes)}"],
+        tries=[again(target_bytes=n_bytes, target_bpw=None)],
+    )
 
 
 def _unquantized_bytes(arch: HybridArch) -> int:
@@ -133,14 +146,12 @@ def _fit(
     padding: Padding,
     chosen: dict[str, Candidate],
 ) -> Fit:
-    kept = Assignment(GgmlType.F32, "small or sensitive, always f32")
-    assignments = dict.fromkeys(expected_tensors(padded), kept)
+    assignments = dict.fromkeys(expected_tensors(padded), KEPT_F32)
     for name, candidate in chosen.items():
         assignments[name] = Assignment(candidate.type, "least error for its size")
-    n_params = sum(spec.n_elements for spec in expected_tensors(arch).values())
     recipe = Recipe(target.name, 1, GgmlType.Q8_0, summary="searched")
     table = [f"{name}={c.type.label}:{c.error:.3e}" for name, c in chosen.items()]
-    return Fit(recipe, padded, padding, assignments, n_params, table)
+    return Fit(recipe, padded, padding, assignments, count_params(arch), table)
 
 
 class Measure:
@@ -159,44 +170,44 @@ class Measure:
         """Mean power of each tensor's output."""
         return {t.spec.name: self._power(t) for t in tensors if t.spec.quantizable}
 
-    def candidates(self, plan: TensorPlan, factor: float) -> Iterator[Candidate]:
+    def candidates(self, tensor: TensorPlan, factor: float) -> Iterator[Candidate]:
         """The types a tensor may have, with what each costs."""
-        spec = plan.spec
+        spec = tensor.spec
         needs_imatrix = self._imatrix is None and spec.name.startswith("blk.")
         for type_ in SEARCHED:
             fits = spec.n_per_row % type_.block_size == 0 and spec.allows(type_)
             if not fits or (needs_imatrix and type_ in NEED_IMATRIX):
                 continue
             try:
-                noise = self.relative_error(plan, type_)
+                noise = self.relative_error(tensor, type_)
             except UnquantizableError:
                 continue
             if type_.is_quantized and spec.role is not Role.EMBEDDING:
                 noise += _INPUT_NOISE
             yield Candidate(type_, tensor_bytes(spec, type_), factor * noise)
 
-    def relative_error(self, plan: TensorPlan, type_: GgmlType) -> float:
+    def relative_error(self, tensor: TensorPlan, type_: GgmlType) -> float:
         """Power of the noise that a type adds to the output, against the output."""
-        key = (plan.spec.name, type_, plan.spec.n_per_row)
+        key = (tensor.spec.name, type_, tensor.spec.n_per_row)
         if key not in self._known:
-            samples = self._samples_of(plan)
+            samples = self._samples_of(tensor)
             noise = sum(
                 float(s.shares @ self._encoder.noise(s.rows, type_, s.weights, s.feedback))
                 for s in samples
             )
-            signal = self._power(plan)
+            signal = self._power(tensor)
             self._known[key] = noise / signal if signal else 0.0
         return self._known[key]
 
-    def _power(self, plan: TensorPlan) -> float:
-        samples = self._samples_of(plan)
+    def _power(self, tensor: TensorPlan) -> float:
+        samples = self._samples_of(tensor)
         return sum(float(s.shares @ powers(s.rows, s.weights, s.feedback)) for s in samples)
 
-    def _samples_of(self, plan: TensorPlan) -> list[_Sample]:
+    def _samples_of(self, tensor: TensorPlan) -> list[_Sample]:
         # Only the last tensor's: all types are asked for one tensor before the next.
-        key = (plan.spec.name, plan.spec.n_per_row)
+        key = (tensor.spec.name, tensor.spec.n_per_row)
         if self._last is None or self._last[0] != key:
-            samples = list(_samples(plan, self._imatrix))
+            samples = list(_samples(tensor, self._imatrix))
             feedback = self._feedbacks.of(*key) if self._feedbacks else None
             self._last = key, [_joined(samples, feedback)] if feedback else samples
         return self._last[1]
@@ -213,22 +224,22 @@ class _Sample:
     feedback: Feedback | None = None
 
 
-def _samples(plan: TensorPlan, imatrix: Imatrix | None) -> Iterator[_Sample]:
+def _samples(tensor: TensorPlan, imatrix: Imatrix | None) -> Iterator[_Sample]:
     """Runs of rows, spread evenly over each matrix."""
-    spec = plan.spec
-    n_parts = len(plan.parts)
+    spec = tensor.spec
+    n_parts = len(tensor.parts)
     shares = imatrix.shares(spec.name, n_parts) if imatrix else [1 / n_parts] * n_parts
-    for i, (part, share) in enumerate(zip(plan.parts, shares, strict=True)):
+    for i, (part, share) in enumerate(zip(tensor.parts, shares, strict=True)):
         weights = imatrix.weights(spec.name, i, spec.n_per_row) if imatrix else None
         if weights is None:
             weights = np.ones(spec.n_per_row, np.float32)
-        n_rows = part.n_elements // plan.n_per_row
+        n_rows = part.n_elements // tensor.n_per_row
         n_taken = max(1, min(n_rows, N_SAMPLED // spec.n_per_row // n_parts))
         n_runs = min(N_RUNS, n_taken)
         for run in range(n_runs):
             first, end = run * n_rows // n_runs, (run + 1) * n_rows // n_runs
             n = min(n_taken // n_runs, end - first)
-            piece = Piece(plan, part, first * plan.n_per_row, (first + n) * plan.n_per_row, i)
+            piece = Piece(tensor, part, first * tensor.n_per_row, (first + n) * tensor.n_per_row, i)
             # Zero rows at the end of a part would only be encoded for nothing.
             yield _Sample(piece.read()[:n], weights, np.full(n, share * (end - first) / n))
 
@@ -255,8 +266,7 @@ class RoleStats:
 
 
 def role_stats(
-    tensors: Sequence[TensorPlan],
-    assignments: Mapping[str, Assignment],
+    tensors: Sequence[OutputTensor],
     imatrix: Imatrix | None,
     encoder: Encoder,
     feedbacks: Feedbacks | None = None,
@@ -264,19 +274,17 @@ def role_stats(
 ) -> list[RoleStats]:
     """What each role loses, most bytes first; a role of several types has the first one's name."""
     measure = Measure(encoder, imatrix, feedbacks)
-    by_role: dict[Role, list[tuple[GgmlType, int, float]]] = {}
-    for plan in tensors:
-        if plan.spec.quantizable:
-            type_ = assignments[plan.spec.name].type
+    by_role: dict[Role, list[tuple[OutputTensor, float]]] = {}
+    for tensor in tensors:
+        if tensor.spec.quantizable:
             if progress is not None:
-                progress(plan.spec.name)
-            error = measure.relative_error(plan, type_)
-            entry = (type_, tensor_bytes(plan.spec, type_), error)
-            by_role.setdefault(plan.spec.role, []).append(entry)
+                progress(tensor.spec.name)
+            error = measure.relative_error(tensor, tensor.type)
+            by_role.setdefault(tensor.spec.role, []).append((tensor, error))
     stats = [
         RoleStats(
-            role, found[0][0], sum(n for _, n, _ in found),
-            float(np.sqrt(np.mean([error for *_, error in found]))),
+            role, found[0][0].type, sum(tensor.n_bytes for tensor, _ in found),
+            float(np.sqrt(np.mean([error for _, error in found]))),
         )
         for role, found in by_role.items()
     ]  # fmt: skip

@@ -17,14 +17,14 @@ import typer
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal, note, write_data, write_json
 from nanorun.errors import ModelError, UsageError
+from nanorun_quant.recipes import RECIPES
 
 if TYPE_CHECKING:
     from nanorun_converters.conversion_plan import ConversionPlan
     from nanorun_converters.convert import ConvertProgress, ConvertResult
-    from nanorun_converters.source.source_model import Files
+    from nanorun_converters.source.files import Files
 
 _TYPES = "Types"
-_RECIPES = "q8, q6, q5, q4, q3, q2, 12g, 16g, 24g, 32g, spark, nvfp4_moe, mxfp4_moe"
 
 
 def command(
@@ -50,8 +50,8 @@ def command(
         typer.Option(
             "--recipe",
             metavar="NAME",
-            help=f"{_RECIPES}; a type for every role (q8_0, bf16, ...); or llama.cpp's preset"
-            " (Q4_K_M, ...), without its fallbacks.",
+            help=f"{', '.join(RECIPES)}; a type for every role (q8_0, bf16, ...); or llama.cpp's"
+            " preset (Q4_K_M, ...), without its fallbacks.",
             rich_help_panel=_TYPES,
         ),
     ] = "q8_0",
@@ -176,7 +176,7 @@ def command(
     )  # fmt: skip
     plan = plan_conversion(source_named(source), options)
     if dry_run:
-        result = summarize(plan, started)
+        result = summarize(plan, plan.lay_out(), started)
     else:
         with _told_as_notes(), _progress_bar() as progress, _told_of_interrupt(plan):
             result = write_plan(plan, options, progress, started)
@@ -303,6 +303,7 @@ def _progress_bar() -> Iterator[Callable[[ConvertProgress], None] | None]:
 
 def _render(plan: ConversionPlan, result: ConvertResult, dry_run: bool) -> str:
     from nanorun.model.units import format_gib
+    from nanorun_converters.conversion_plan import encoding_of
 
     size = f"{format_gib(result.bytes)} ({result.bytes:,} bytes), {result.bpw:.2f} bits per weight"
     done = "would be" if dry_run else f"took {result.seconds:.1f} s,"
@@ -313,16 +314,15 @@ def _render(plan: ConversionPlan, result: ConvertResult, dry_run: bool) -> str:
             f" {plan.arch.n_vocab:,} tokens, 8 and the text of each merge, and the chat template"
         )
     if plan.quantizer.device or plan.feedbacks:
-        lines.append(f"quantized by {plan.encoding}")
+        lines.append(f"quantized by {encoding_of(plan.quantizer, plan.feedbacks)}")
     for name, (n_from, n_to) in result.padding.items():
         lines.append(f"padded: {name} {n_from} to {n_to} (+{n_to / n_from - 1:.1%})")
     lines.append("")
     rows = [("role", "type", "tensors", "size", "why")]
     rows += [
-        (r.role.value, r.assignment.type.label, str(r.n_tensors), format_gib(r.n_bytes),
-         r.assignment.reason)
+        (r.role.value, r.type.label, str(r.n_tensors), format_gib(r.n_bytes), r.reason)
         for r in plan.by_role()
-    ]  # fmt: skip
+    ]
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for role, type_, n_tensors, n_bytes, reason in rows:
         lines.append(

@@ -174,14 +174,16 @@ def _source_of(gguf: GgufFile) -> str | None:
 
 def _summarize_source(folder: Path) -> Summary:
     from nanorun_converters.family.config import arch_from_config
-    from nanorun_converters.opened.open_model import for_source
+    from nanorun_converters.options import ConvertOptions
     from nanorun_converters.source.open import open_source
     from nanorun_converters.tensors.names import plan_tensors
+    from nanorun_converters.tensors.tensor_plan import count_params
 
     source = open_source(folder)
-    with for_source(source):
-        arch = arch_from_config(source.read_json("config.json"), str(folder / "config.json"))
-    plans = plan_tensors(source, arch)
+    arch = arch_from_config(
+        source.read_json("config.json"), str(folder / "config.json"),
+        again=ConvertOptions().again(str(folder)),
+    )  # fmt: skip
     tensors = source.tensors.values()
     n_bytes = sum(t.n_bytes for t in tensors)
     return Summary(
@@ -190,7 +192,7 @@ def _summarize_source(folder: Path) -> Summary:
         name=source.name,
         arch=arch,
         # Of what the tensors stand for: codes of 4 bits lie two in a byte, and have scales beside.
-        n_params=sum(part.n_elements for plan in plans for part in plan.parts),
+        n_params=count_params(plan_tensors(source, arch)),
         file_bytes=sum(store.n_bytes for store in source.stores),
         weights_bytes=n_bytes,
         recipe=None,

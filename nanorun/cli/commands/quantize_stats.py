@@ -43,9 +43,8 @@ def command(
     status = StatusLine()
     try:
         stats = role_stats(
-            plan.tensors, plan.assignments, plan.imatrix, plan.quantizer.open(), plan.feedbacks,
-            status.show,
-        )  # fmt: skip
+            plan.tensors, plan.imatrix, plan.quantizer.open(), plan.feedbacks, status.show
+        )
     finally:
         status.clear()
     if as_json:

@@ -12,6 +12,7 @@ from nanorun.errors import ModelError
 from nanorun.model.arch import HybridArch, LayerKind, parse_pattern
 from nanorun.model.tensor_roles import expected_tensors
 from nanorun_converters.family.config import arch_from_config
+from nanorun_converters.options import ConvertOptions
 from tests.model.known_archs import LIGHTNING, NANO, NANO_4B, SUPER, SUPER_TRUNK
 from tests.support.source_models import DEFAULT_SIZES, model_config
 
@@ -298,8 +299,8 @@ def test_every_spelling_of_an_mtp_head_is_read(spelling: dict[str, Any]) -> None
 def test_mtp_head_of_another_form_is_refused_unless_it_is_left_out(head: dict[str, Any]) -> None:
     config = TINY | {"num_nextn_predict_layers": 1} | head
     with pytest.raises(ModelError, match="num_nextn_predict_layers") as caught:
-        arch_of(config)
-    assert caught.value.tries == ("nanorun convert SOURCE --no-mtp",)
+        arch_from_config(config, WHERE, again=ConvertOptions(recipe="q4").again("SRC"))
+    assert caught.value.tries == ("nanorun convert SRC --recipe q4 --no-mtp",)
     assert arch_from_config(config, WHERE, keep_mtp=False).n_layer_nextn == 0
 
 

@@ -22,7 +22,6 @@ from nanorun_converters.output import files as output_module
 from nanorun_converters.source import hub as hub_module
 from nanorun_converters.source.hub import HubFiles, parse_repository
 from nanorun_converters.source.range_cache import BLOCK_BYTES
-from nanorun_converters.source.source_model import SourceUnreachableError
 from tests.support.hub_server import COMMIT, REPOSITORY, TOKEN, FakeHub, serve_hub
 from tests.support.quantized_sources import nvfp4_modelopt, write_quantized_model
 from tests.support.source_models import write_source_model

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nanorun.errors import ModelError
-from nanorun_converters.source.open import open_files, open_source
-from nanorun_converters.source.source_model import LocalFiles, decode
+from nanorun_converters.source.files import LocalFiles
+from nanorun_converters.source.open import open_source
+from nanorun_converters.source.source_model import decode
 from tests.support.source_models import encode, write_json, write_source_model
 
 INDEX = "model.safetensors.index.json"
@@ -186,6 +187,6 @@ class _FarFiles:
 def test_headers_of_files_far_away_are_read_at_the_same_time(tmp_path: Path) -> None:
     folder = write_source_model(tmp_path / "source", n_shards=3)
     expected = open_source(folder).tensors
-    found = open_files(_FarFiles(folder, 3), needs_weights=True).tensors
+    found = open_source(_FarFiles(folder, 3), needs_weights=True).tensors
     assert found.keys() == expected.keys()
     assert all(found[name].offset == tensor.offset for name, tensor in expected.items())

@@ -12,7 +12,8 @@ from nanorun.errors import ModelError
 from nanorun.model.tensor_roles import Role
 from nanorun_converters.family.config import arch_from_config
 from nanorun_converters.source.open import open_source
-from nanorun_converters.tensors.names import TensorPlan, pieces_of, plan_tensors
+from nanorun_converters.tensors.names import plan_tensors
+from nanorun_converters.tensors.tensor_plan import TensorPlan, pieces_of
 from tests.support.source_models import Tensors, write_json, write_source_model, write_weights
 
 

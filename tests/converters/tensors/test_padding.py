@@ -15,7 +15,7 @@ from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import read_gguf
 from nanorun.model.tensor_roles import check_tensors
 from nanorun_converters.convert import ConvertOptions, convert
-from nanorun_converters.tensors.padding import Frame
+from nanorun_converters.tensors.tensor_plan import PadFrame
 from nanorun_quant.padding import pad_arch, padding_of, paddings
 from tests.converters.mtp_reference import engine_head_logits
 from tests.converters.transformers_reference import engine_logits, mean_kl
@@ -93,12 +93,12 @@ def test_check_of_equal_logits_sees_a_wrong_factor(
 ) -> None:
     source = write_source_model(tmp_path / "source", pattern="ME*EM", dtype="F32")
     plain = converted(source, tmp_path / "plain.gguf", "never")
-    apply = Frame.apply
+    apply = PadFrame.apply
 
-    def without_factor(frame: Frame, rows: np.ndarray, *, is_last: bool) -> np.ndarray:
+    def without_factor(frame: PadFrame, rows: np.ndarray, *, is_last: bool) -> np.ndarray:
         return apply(replace(frame, factor=1.0), rows, is_last=is_last)
 
-    monkeypatch.setattr(Frame, "apply", without_factor)
+    monkeypatch.setattr(PadFrame, "apply", without_factor)
     wrong = converted(source, tmp_path / "wrong.gguf", "always")
     assert mean_kl(plain, wrong) > 1e-6
 
