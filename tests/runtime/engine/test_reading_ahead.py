@@ -8,7 +8,7 @@ import pytest
 
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message
-from nanorun.runtime.engine.engine import reading_ahead
+from nanorun.runtime.engine import reading_ahead
 from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn
 
 MODEL: Any = object()
