@@ -101,7 +101,7 @@ class Conversations(RuleBasedStateMachine):
 
     @rule()
     def evict(self) -> None:
-        self.rig.engine.tree.evict_idle()
+        self.rig.engine.tree.make_room(self.rig.engine.context.n_ctx)
 
     @rule()
     def save(self) -> None:

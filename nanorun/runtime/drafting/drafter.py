@@ -19,7 +19,7 @@ from nanorun.errors import UsageError
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.llama.context import Context, Row
 from nanorun.runtime.llama.loaded_model import LoadedModel
-from nanorun.runtime.prompt_state.prefix_tree import SequenceMemory
+from nanorun.runtime.prompt_state.memory import SequenceMemory
 
 # Tokens whose last occurrence is looked for, the longest first.
 _NGRAMS = (4, 3)

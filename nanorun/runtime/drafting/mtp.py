@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.drafting.drafter import Guess
 from nanorun.runtime.llama.context import CacheFull, Context, Row
-from nanorun.runtime.prompt_state.prefix_tree import SequenceMemory
+from nanorun.runtime.prompt_state.memory import SequenceMemory
 
 # A guess less likely than this is not worth a place in the batch.
 _MIN_PROBABILITY = 0.5

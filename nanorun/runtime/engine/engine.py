@@ -14,19 +14,20 @@ from nanorun.errors import ContextFull, NanorunError
 from nanorun.model.chat import EngineStats, Event, Finished, FinishReason
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.drafting.drafter import Guess, build_drafter, check_speculation
+from nanorun.runtime.engine.admission import Admission
 from nanorun.runtime.engine.picking import Pick, TokenPicker
 from nanorun.runtime.engine.request import Request
 from nanorun.runtime.engine.scheduler import (
     last_in_turn,
     plan_rows,
     separate_guesses,
-    shared_prefix_leader,
 )
 from nanorun.runtime.engine.stream import Stream
 from nanorun.runtime.llama.context import Aborted, CacheFull, Context, Row
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.prompt_state.archive import Archive
-from nanorun.runtime.prompt_state.prefix_tree import Branch, PrefixTree
+from nanorun.runtime.prompt_state.branch import Branch
+from nanorun.runtime.prompt_state.prefix_tree import PrefixTree
 from nanorun.runtime.prompt_state.store import open_store
 from nanorun.runtime.sampling.sampler import Sampler
 
@@ -65,6 +66,7 @@ class Engine:
             Archive(options.archive_bytes, open_store(model, options), _MIN_SAVED_TOKENS),
             options.checkpoint_bytes,
         )
+        self._admission: Admission[Stream] = Admission(self.tree)
         self._waiting: list[Stream] = []
         self._running: list[Stream] = []
         self._in_batch: list[Stream] = []
@@ -218,7 +220,7 @@ class Engine:
                 continue
             if not self._find_place(stream):
                 break  # later ones must not overtake it for ever
-            branch = self.tree.acquire(stream.prompt)
+            branch = self.tree.acquire(self._admission.match(stream))
             if branch is None:
                 break
             is_new = not stream.started
@@ -241,7 +243,7 @@ class Engine:
             return True
         if len(self._running) >= self.options.n_parallel:
             return False
-        n_needed = self.tree.n_cells_needed(stream.prompt) + _MIN_REPLY_CELLS
+        n_needed = self.tree.n_cells_needed(self._admission.match(stream)) + _MIN_REPLY_CELLS
         return n_needed <= self.tree.n_cells_obtainable()
 
     def _suspend(self, stream: Stream) -> None:
@@ -254,18 +256,15 @@ class Engine:
         """Whether a running prefill will soon hold more of this prompt than anything else does."""
         # Background work may itself be kept waiting for others.
         candidates = [s for s in self._running if s.turn[:2] <= stream.turn[:2]]
-        found = shared_prefix_leader(
-            stream.prompt,
-            [(s.prompt, s.n_evaluated) for s in candidates],
-            self.tree.best_match(stream.prompt).n_tokens,
-        )
+        found = self._admission.leader(stream, candidates)
         if found is None:
             return False
-        i_leader, n_shared = found
-        candidates[i_leader].stops.add(n_shared)
+        leader, n_shared = found
+        leader.stops.add(n_shared)
         return True
 
     def _start(self, stream: Stream, branch: Branch) -> None:
+        self._admission.forget(stream)
         self._waiting.remove(stream)
         self._running.append(stream)
         stream.start(branch)
@@ -379,6 +378,7 @@ class Engine:
 
     def _leave(self, stream: Stream, *, keep: bool) -> None:
         """Take a stream out of the engine; its sequence stays for later prompts if it is sound."""
+        self._admission.forget(stream)
         (self._waiting if stream in self._waiting else self._running).remove(stream)
         if stream.sampler is not None:
             stream.sampler.close()

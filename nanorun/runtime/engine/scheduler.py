@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from nanorun.runtime.engine.request import Request
 from nanorun.runtime.llama.context import Row
-from nanorun.runtime.prompt_state.prefix_tree import Branch
+from nanorun.runtime.prompt_state.branch import Branch
+from nanorun.runtime.prompt_state.prefixes import Tokens
 
-# Fewer shared tokens than this are cheaper to read twice than to wait for.
-MIN_SHARED_TOKENS = 64
 # Prompt tokens a batch may hold beside answering streams.
 MAX_PREFILL_BESIDE_DECODE = 128
 
@@ -26,7 +23,7 @@ class Schedulable(Protocol):
     """What the scheduler needs to know of a stream."""
 
     request: Request
-    prompt: list[int]
+    prompt: Tokens
     branch: Branch | None
     pending: int | None
     drafts: list[int]
@@ -79,7 +76,7 @@ def _prefill_row(stream: Schedulable, branch: Branch, n_most: int) -> Row:
     prompt, start = stream.prompt, stream.n_evaluated
     end = min(len(prompt), start + n_most, *(p for p in stream.stops if p > start))
     wants_logits = end == len(prompt) and not stream.request.anchor
-    return Row(branch.seq_id, start, prompt[start:end], wants_logits)
+    return Row(branch.seq_id, start, prompt[start:end].tolist(), wants_logits)
 
 
 def separate_guesses(plan: Sequence[tuple[S, Row]], n_ubatch: int) -> list[list[tuple[S, Row]]]:
@@ -111,32 +108,3 @@ def last_in_turn(running: Sequence[S], than: S | None = None) -> S | None:
         s for s in running if than is None or (s.turn[:2] > than.turn[:2] and s is not than)
     ]
     return max(candidates, key=lambda stream: stream.turn, default=None)
-
-
-def shared_prefix_leader(
-    prompt: Sequence[int], running: Sequence[tuple[Sequence[int], int]], n_cached: int
-) -> tuple[int, int] | None:
-    """The running prefill that is about to read a prefix this prompt needs too.
-
-    Args:
-        prompt: The waiting prompt.
-        running: Prompt and evaluated tokens of each running stream.
-        n_cached: Tokens of the prompt that could be reused right now.
-
-    Returns:
-        Index of that stream and the number of tokens it shares, or None if waiting gains nothing.
-    """
-    best: tuple[int, int] | None = None
-    for i, (other, n_evaluated) in enumerate(running):
-        n_shared = min(_n_common(prompt, other), len(prompt) - 1)
-        gains = n_shared - n_cached >= MIN_SHARED_TOKENS
-        ahead = n_evaluated < n_shared
-        if gains and ahead and (best is None or n_shared > best[1]):
-            best = (i, n_shared)
-    return best
-
-
-def _n_common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = min(len(a), len(b))
-    different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
-    return int(different[0]) if len(different) else n

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nanorun.model.chat import PrefillProgress, Timings, Usage
 from nanorun.runtime.drafting.drafter import next_draft_length
 from nanorun.runtime.engine.request import Request
-from nanorun.runtime.prompt_state.prefix_tree import Branch, Place
+from nanorun.runtime.prompt_state.branch import Branch, Place
+from nanorun.runtime.prompt_state.prefixes import Tokens
 from nanorun.runtime.sampling.sampler import Sampler
 
 
@@ -19,7 +22,7 @@ class Stream:
     request: Request
     order: int = 0
     """When it came, among all."""
-    prompt: list[int] = field(init=False)
+    prompt: Tokens = field(init=False)
     """What has to be read before a token can be picked: the request's prompt or, after a
     suspension, all of the sequence."""
     submitted: float = field(default_factory=time.monotonic)
@@ -45,7 +48,7 @@ class Stream:
     cached_from: Place | None = None
 
     def __post_init__(self) -> None:
-        self.prompt = self.request.prompt
+        self.prompt = np.asarray(self.request.prompt, np.int32)
 
     @property
     def turn(self) -> tuple[bool, bool, int]:
@@ -76,7 +79,7 @@ class Stream:
         branch = self.branch
         assert branch is not None
         if self.pending is not None:
-            self.prompt = [*branch.tokens, self.pending]
+            self.prompt = np.append(branch.tokens, self.pending).astype(np.int32)
         self.branch = self.pending = None
         self.drafts = []
         return branch

@@ -2,60 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-@dataclass(eq=False, slots=True)
-class ArchivedState:
-    """What is known of an archived sequence without reading its state."""
-
-    tokens: NDArray[np.int32]
-    place: Literal["host", "disk"] = "host"
-    checkpoint_positions: frozenset[int] = frozenset()
-    path: Path | None = None
-    """Its file, where it is on disk."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens of the sequence."""
-        return len(self.tokens)
-
-    def makes_useless(self, other: ArchivedState) -> bool:
-        """Whether every prompt that could start from `other` can start from here as well."""
-        n = other.n_tokens
-        places = self.checkpoint_positions | {self.n_tokens}
-        return (
-            self.n_tokens >= n
-            and (other.checkpoint_positions | {n}) <= places
-            and np.array_equal(self.tokens[:n], other.tokens)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class StatePayload:
-    """A sequence's state: KV and recurrent part of its end, and the states saved along it."""
-
-    full: bytes
-    checkpoints: Mapping[int, bytes] = field(default_factory=dict)
-
-    @property
-    def n_bytes(self) -> int:
-        """Memory it takes."""
-        return len(self.full) + sum(len(state) for state in self.checkpoints.values())
+from nanorun.runtime.prompt_state.archived_state import ArchivedState, StatePayload
+from nanorun.runtime.prompt_state.place_index import PlaceIndex
+from nanorun.runtime.prompt_state.prefixes import Tokens
 
 
 class Store(Protocol):
-    """Where states outlive the process; see `state_store.py`."""
+    """Where states outlive the process; see `store.py`."""
 
     @property
-    def entries(self) -> tuple[ArchivedState, ...]:
+    def index(self) -> PlaceIndex:
         """What it holds."""
 
     def save(self, state: ArchivedState, payload: StatePayload) -> ArchivedState | None:
@@ -85,17 +48,34 @@ class Archive:
         self._budget = budget_bytes
         self._store = store
         self._min_stored_tokens = min_stored_tokens
-        self._kept: dict[ArchivedState, StatePayload] = {}
+        self._kept: OrderedDict[ArchivedState, StatePayload] = OrderedDict()
         """The least recently used first."""
         self._in_writing: dict[ArchivedState, StatePayload] = {}
         """Not yet in the store; the writer's thread takes out what is."""
+        self._index = PlaceIndex()
+        """What is in one of the two."""
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state-writer")
 
     @property
     def entries(self) -> tuple[ArchivedState, ...]:
         """All it holds, the quickest to be had first."""
-        stored = self._store.entries if self._store is not None else ()
-        return (*self._in_memory(), *stored)
+        stored = self._store.index.entries if self._store is not None else ()
+        return (*self._index.entries, *stored)
+
+    def longest(
+        self, tokens: Tokens, hashes: NDArray[np.uint64], n_most: int
+    ) -> tuple[ArchivedState, int] | None:
+        """Where a prompt can start with the least to evaluate; see `PlaceIndex.longest`.
+
+        What is in host memory goes before as much on disk.
+        """
+        found = self._index.longest(tokens, hashes, n_most)
+        if self._store is None:
+            return found
+        stored = self._store.index.longest(tokens, hashes, n_most)
+        if found is None or (stored is not None and stored[1] > found[1]):
+            return stored
+        return found
 
     @property
     def host_bytes(self) -> int:
@@ -108,15 +88,16 @@ class Archive:
         return bool(self._in_writing)
 
     def _in_memory(self) -> dict[ArchivedState, StatePayload]:
-        return self._in_writing.copy() | self._kept
+        return {**self._in_writing.copy(), **self._kept}
 
     def put(self, state: ArchivedState, payload: StatePayload) -> None:
         """Take a sequence in; those that it makes useless go."""
-        for old in [entry for entry in self._kept if state.makes_useless(entry)]:
-            del self._kept[old]
+        for old in self._index.covered_by(state):
+            self._drop(old)
         if payload.n_bytes <= self._budget:
             self._make_room(payload.n_bytes)
             self._kept[state] = payload
+            self._index.add(state)
         self.save(state, payload)
 
     def save(self, state: ArchivedState, payload: StatePayload) -> None:
@@ -126,48 +107,61 @@ class Archive:
         if state not in self._kept:
             self._make_room(payload.n_bytes)
         self._in_writing[state] = payload
+        self._index.add(state)
         self._writer.submit(self._write, self._store, state, payload)
 
     def is_to_write(self, state: ArchivedState) -> bool:
         """Whether the store is to have a sequence, and neither has it nor soon will."""
         if self._store is None or state.n_tokens < self._min_stored_tokens:
             return False
-        written = (*self._in_writing.copy(), *self._store.entries)
-        return not any(entry.makes_useless(state) for entry in written)
+        if any(entry.makes_useless(state) for entry in self._in_writing.copy()):
+            return False
+        return not self._store.index.covers(state)
 
     def _write(self, store: Store, state: ArchivedState, payload: StatePayload) -> None:
         try:
             store.save(state, payload)
         finally:
             del self._in_writing[state]
+            if state not in self._kept:
+                self._index.discard(state)
 
     def _make_room(self, n_bytes: int) -> None:
         """Wait for the disk, then drop the least recently used, until there is room."""
         if self.host_bytes + n_bytes > self._budget and self.is_writing:
             self.wait()
         while self._kept and self.host_bytes + n_bytes > self._budget:
-            del self._kept[next(iter(self._kept))]
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, state: ArchivedState) -> None:
+        """Give a sequence's host memory back, at the latest once it is written."""
+        self._kept.pop(state, None)
+        if state not in self._in_writing:
+            self._index.discard(state)
 
     def read(self, state: ArchivedState) -> StatePayload | None:
         """The payload of an entry, the most recently used now; None if it is no longer held."""
         if state.place == "disk":
             return self._store.load(state) if self._store is not None else None
-        payload = self._kept.pop(state, None)
+        payload = self._kept.get(state)
         if payload is None:
             return self._in_writing.get(state)
-        self._kept[state] = payload
+        self._kept.move_to_end(state)
         return payload
 
     def forget(self, state: ArchivedState) -> None:
         """Drop an entry."""
         self._kept.pop(state, None)
+        self._index.discard(state)
         if state.place == "disk" and self._store is not None:
             self._store.forget(state)
 
     def wants(self, state: ArchivedState) -> bool:
         """Whether it would be worth a place: nothing held makes it useless."""
-        has_room = self._budget > 0 or self._store is not None
-        return has_room and not any(entry.makes_useless(state) for entry in self.entries)
+        if self._budget <= 0 and self._store is None:
+            return False
+        stored = self._store is not None and self._store.index.covers(state)
+        return not stored and not self._index.covers(state)
 
     def wait(self) -> None:
         """Wait until all that is to be written is."""

@@ -1,10 +1,10 @@
-"""Which sequence holds which tokens, and how a new prompt gets the longest prefix for nothing.
+"""How a new prompt gets the longest prefix for nothing.
 
 A sequence is a path in a tree of spans of evaluated tokens (`spans.py`), each backed by KV cells
 once, however many sequences pass through it. Recurrent state cannot be cut, so a prompt can start
 only where a state exists: at the end of a sequence, or at a checkpoint (a saved recurrent state of
-an inner position). What falls out of the device goes to the archive (`state_archive.py`) and comes
-back from there.
+an inner position). What falls out of the device (`eviction.py`) goes to the archive (`archive.py`)
+and comes back from there.
 
     root ── system+tools ──●── question 1 ──●── thinking, answer      ● checkpoint
                            └── question 1' ─●── ...
@@ -12,85 +12,19 @@ back from there.
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from nanorun.errors import EngineError
-from nanorun.runtime.prompt_state.archive import Archive, ArchivedState, StatePayload
-from nanorun.runtime.prompt_state.spans import Node, Spans
-
-Place = Literal["device", "host", "disk"]
-
-
-class SequenceMemory(Protocol):
-    """What the tree asks of the engine's context; see `runtime/llama/context.py`."""
-
-    def drop(self, seq_id: int) -> None:
-        """Forget a whole sequence."""
-
-    def fork(self, source: int, target: int) -> None:
-        """Copy a whole sequence into an empty one."""
-
-    def fork_at(self, source: int, target: int, n_tokens: int, state: bytes) -> None:
-        """Copy a sequence's beginning into an empty one, given the recurrent state of there."""
-
-    def rewind(self, seq_id: int, n_tokens: int, state: bytes) -> None:
-        """Shorten a sequence, given the recurrent state of there."""
-
-    def settle(self, seq_id: int) -> None:
-        """Make a rollback final; before, the sequence cannot be forked."""
-
-    def recurrent_state(self, seq_id: int) -> bytes:
-        """The recurrent state of a sequence's end."""
-
-    def full_state(self, seq_id: int) -> bytes:
-        """Everything of a sequence."""
-
-    def restore(self, seq_id: int, state: bytes) -> None:
-        """Fill an empty sequence from `full_state`."""
-
-
-@dataclass(eq=False, slots=True)
-class Branch:
-    """A device sequence: its tokens so far, and the states saved along them."""
-
-    seq_id: int
-    node: Node
-    """Where it ends in the tree of spans."""
-    tokens: array[int] = field(default_factory=lambda: array("i"))
-    checkpoints: dict[int, bytes] = field(default_factory=dict)
-    """Position to recurrent state."""
-    busy: bool = True
-    last_used: int = 0
-    n_cached: int = 0
-    """Tokens it began with."""
-    cached_from: Place = "device"
-    settled: bool = True
-    """Whether nothing was rolled back since the last evaluation."""
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens evaluated in this sequence."""
-        return len(self.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Match:
-    """A place where a prompt can start: the first `n_tokens` of a holder."""
-
-    n_tokens: int
-    holder: Branch | ArchivedState | None
-    state: bytes | None
-    """The recurrent state of there; None at the holder's end."""
-
-    @property
-    def rank(self) -> tuple[int, bool, bool]:
-        on_device = isinstance(self.holder, Branch)
-        return (self.n_tokens, on_device, on_device and self.state is None)
+from nanorun.runtime.prompt_state.archive import Archive
+from nanorun.runtime.prompt_state.archived_state import ArchivedState
+from nanorun.runtime.prompt_state.branch import Branch, Match
+from nanorun.runtime.prompt_state.eviction import Eviction
+from nanorun.runtime.prompt_state.memory import SequenceMemory
+from nanorun.runtime.prompt_state.prefixes import Tokens, prefix_hashes
+from nanorun.runtime.prompt_state.sequences import DeviceSequences
 
 
 class PrefixTree:
@@ -112,106 +46,99 @@ class PrefixTree:
         archive: Archive,
         checkpoint_bytes: int = 2**30,
     ) -> None:
-        self._memory = memory
         self._archive = archive
-        self._n_cells = n_cells
+        self._sequences = DeviceSequences(memory, n_seq_max, n_cells)
+        self._eviction = Eviction(self._sequences, archive)
         self._checkpoint_budget = checkpoint_bytes
-        self._free_ids = list(range(n_seq_max - 1, -1, -1))
-        self._spans = Spans()
-        self._clock = 0
-        self.branches: list[Branch] = []
+
+    @property
+    def branches(self) -> Sequence[Branch]:
+        """The sequences on the device, running or idle."""
+        return self._sequences.branches
 
     # -- prompts in -----------------------------------------------------------------------------
 
-    def acquire(self, prompt: Sequence[int]) -> Branch | None:
-        """A busy branch that already holds the longest usable prefix of `prompt`.
+    def best_match(self, prompt: Tokens, known: Match | None = None) -> Match:
+        """Where `prompt` can start with the least to evaluate.
 
-        At least the prompt's last token is left to evaluate, since its logits are wanted.
+        At least the prompt's last token is left, since its logits are wanted.
+
+        Args:
+            prompt: Token ids, shape `(n_tokens,)`; not to be changed afterwards.
+            known: What was found for the same array before. It is returned again as long as
+                nothing changed but the ends of running sequences, so that asking in every step
+                costs nothing.
+        """
+        is_same = known is not None and known.prompt is prompt
+        if known is not None and is_same and known.version == self._sequences.version:
+            return known
+        hashes = known.hashes if known is not None and is_same else prefix_hashes(prompt)
+        on_device = self._match_on_device(prompt, hashes)
+        archived = self._archive.longest(prompt, hashes, len(prompt) - 1)
+        if archived is None or archived[1] <= on_device.n_tokens:
+            return on_device
+        return replace(on_device, holder=archived[0], n_tokens=archived[1])
+
+    def _match_on_device(self, prompt: Tokens, hashes: NDArray[np.uint64]) -> Match:
+        best, n_best = None, 0
+        for branch in self.branches:
+            n_tokens = branch.farthest_place(prompt)
+            # To go on at a sequence's end is cheaper than to start from a checkpoint of another.
+            is_end = best is not None and branch.n_tokens == n_tokens == n_best < best.n_tokens
+            if n_tokens > n_best or is_end:
+                best, n_best = branch, n_tokens
+        return Match(prompt, hashes, self._sequences.version, n_best, best)
+
+    def acquire(self, match: Match) -> Branch | None:
+        """A busy sequence that begins with what was matched.
 
         Returns:
-            The branch, or None while every sequence is in use.
+            The sequence, or None while all are in use.
         """
-        branch = self._start(prompt)
-        if branch is None:
-            return None
-        branch.busy = True
-        branch.n_cached = branch.n_tokens
-        self._touch(branch)
+        branch = self._start(self._confirmed(match))
+        if branch is not None:
+            branch.busy = True
+            branch.n_cached = branch.n_tokens
+            self._sequences.version += 1
+            self._sequences.touch(branch)
+            self._trim_checkpoints()
         return branch
 
-    def best_match(self, prompt: Sequence[int]) -> _Match:
-        """Where `prompt` can start with the least to evaluate."""
-        wanted = np.asarray(prompt, np.int32)
-        best = _Match(0, None, None)
-        holders: Iterable[Branch | ArchivedState] = (*self.branches, *self._archive.entries)
-        for holder in holders:
-            match = _usable(holder, wanted)
-            if match.n_tokens and match.rank > best.rank:
-                best = match
-        return best
+    def _confirmed(self, match: Match) -> Match:
+        """A match that still holds: a running sequence may have grown past it meanwhile."""
+        holder = match.holder
+        if isinstance(holder, Branch) and match.version == self._sequences.version:
+            is_place = match.n_tokens == holder.n_tokens or match.n_tokens in holder.checkpoints
+            if not (is_place and holder.settled):
+                return self.best_match(match.prompt)
+        return self.best_match(match.prompt, match)
 
-    def _start(self, prompt: Sequence[int]) -> Branch | None:
-        while True:
-            match = self.best_match(prompt)
-            if isinstance(match.holder, Branch):
-                return self._continue(match.holder, match.n_tokens, match.state)
-            if match.holder is None:
-                return self._new_branch(keep=None)
-            # Read before a sequence is made free: what that evicts may push it out of memory.
-            payload = self._archive.read(match.holder)
-            if payload is None:
-                continue  # it is gone, and no match any more
-            branch = self._new_branch(keep=None)
-            if branch is None or self._recall(branch, match.holder, payload, match.n_tokens):
-                return branch
-
-    def _continue(self, holder: Branch, n_tokens: int, state: bytes | None) -> Branch | None:
-        """Go on in an idle sequence, or fork a busy one or one whose tail is worth keeping."""
-        if state is None and not holder.busy:
-            holder.cached_from = "device"
-            return holder
-        branch = self._new_branch(keep=holder)
-        if branch is None:
-            if holder.busy or state is None:
+    def _start(self, match: Match) -> Branch | None:
+        while isinstance(saved := match.holder, ArchivedState):
+            if saved.n_tokens > self.n_cells_obtainable():
+                match = self._match_on_device(match.prompt, match.hashes)
+            elif not self._sequences.can_begin:
                 return None
-            self._cut(holder, n_tokens, state)
-            holder.cached_from = "device"
-            return holder
-        if state is None:
-            self._memory.fork(holder.seq_id, branch.seq_id)
-        else:
-            self._memory.fork_at(holder.seq_id, branch.seq_id, n_tokens, state)
-        branch.node = self._spans.move(branch.node, self._spans.split(holder.node, n_tokens))
-        branch.tokens = holder.tokens[:n_tokens]
-        branch.checkpoints = {p: s for p, s in holder.checkpoints.items() if p <= n_tokens}
-        self._touch(holder)
+            elif branch := self._eviction.recall(saved, match.n_tokens):
+                return branch
+            else:  # it is gone, and no match any more
+                match = self.best_match(match.prompt)
+        if saved is None:
+            return self._eviction.begin()
+        return self._continue(saved, match.n_tokens)
+
+    def _continue(self, holder: Branch, n_tokens: int) -> Branch | None:
+        """Go on in an idle sequence, or fork a busy one or one whose tail is worth keeping."""
+        goes_on = not holder.busy and n_tokens == holder.n_tokens
+        branch = holder if goes_on else self._eviction.begin(keep=holder)
+        if branch is None and not holder.busy:
+            self._sequences.cut(holder, n_tokens)
+            branch = holder
+        if branch is not None and branch is not holder:
+            self._sequences.fork(holder, branch, n_tokens)
+        if branch is holder:
+            branch.cached_from = "device"
         return branch
-
-    def _recall(
-        self, branch: Branch, saved: ArchivedState, payload: StatePayload, n_tokens: int
-    ) -> bool:
-        """Bring the first `n_tokens` of an archived sequence back, if there is room for all of it.
-
-        Returns:
-            False if the engine refuses the state; both it and the branch are gone then.
-        """
-        if not self.make_room(saved.n_tokens, keep=branch):
-            return True
-        try:
-            self._memory.restore(branch.seq_id, payload.full)
-        except EngineError:
-            self._archive.forget(saved)
-            self._drop(branch)
-            return False
-        branch.node = self._spans.grow(branch.node, saved.n_tokens)
-        branch.tokens = array("i", saved.tokens.tobytes())
-        branch.checkpoints = dict(payload.checkpoints)
-        branch.cached_from = saved.place
-        if n_tokens < saved.n_tokens:
-            self._cut(branch, n_tokens, payload.checkpoints[n_tokens])
-        self._touch(branch)
-        self._trim_checkpoints()
-        return True
 
     # -- progress -------------------------------------------------------------------------------
 
@@ -224,16 +151,15 @@ class PrefixTree:
             settled: Whether nothing was rolled back behind them.
         """
         branch.settled = settled
-        branch.tokens.extend(tokens)
-        branch.node = self._spans.grow(branch.node, len(tokens))
-        self._touch(branch)
+        self._sequences.grow(branch, tokens)
 
     def checkpoint(self, branch: Branch) -> None:
         """Save the recurrent state of a branch's end; others give way when the budget is spent."""
+        self._sequences.version += 1
         position = branch.n_tokens
         if not position or position in branch.checkpoints:
             return
-        state = self._memory.recurrent_state(branch.seq_id)
+        state = self._sequences.recurrent_state(branch)
         if len(state) > self._checkpoint_budget:
             return
         branch.checkpoints[position] = state
@@ -243,6 +169,57 @@ class PrefixTree:
         while self.checkpoint_bytes > self._checkpoint_budget:
             oldest = min((b for b in self.branches if b.checkpoints), key=lambda b: b.last_used)
             del oldest.checkpoints[min(oldest.checkpoints)]
+
+    def cut_to_checkpoint(self, branch: Branch) -> bool:
+        """Shorten a busy branch, whose evaluation was broken off, to its last saved state.
+
+        Returns:
+            False if there is none; then the branch is of no more use.
+        """
+        position = max(branch.checkpoints, default=0)
+        if position:
+            self._sequences.cut(branch, position)
+        return position > 0
+
+    def release(self, branch: Branch, *, keep: bool = True) -> None:
+        """Give a branch back: kept idle for later prompts, or dropped."""
+        self._sequences.version += 1
+        branch.busy = False
+        if keep and branch.n_tokens:
+            self._sequences.settle(branch)
+        else:
+            self._sequences.drop(branch)
+
+    def drop_idle(self) -> None:
+        """Forget every idle sequence of the device, whose state is in doubt."""
+        for branch in [b for b in self.branches if not b.busy]:
+            self._sequences.drop(branch)
+
+    # -- room -----------------------------------------------------------------------------------
+
+    @property
+    def n_cells_used(self) -> int:
+        """KV cells that sequences use, running or idle."""
+        return self._sequences.n_cells_used
+
+    @property
+    def n_cells_free(self) -> int:
+        """KV cells that no sequence uses."""
+        return self._sequences.n_cells_free
+
+    def n_cells_obtainable(self) -> int:
+        """Free cells plus those that only idle sequences use."""
+        return self._sequences.n_cells_obtainable()
+
+    def n_cells_needed(self, match: Match) -> int:
+        """Cells a prompt takes beyond those that running sequences hold for it already."""
+        if not isinstance(match.holder, Branch):
+            return len(match.prompt)
+        return len(match.prompt) - self._sequences.n_cells_shared(match.holder, match.n_tokens)
+
+    def make_room(self, n_cells: int) -> bool:
+        """Evict idle sequences until `n_cells` are free; False if that is not possible."""
+        return self._eviction.make_room(n_cells)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -255,165 +232,17 @@ class PrefixTree:
         """Host memory of the sequences that left the device."""
         return self._archive.host_bytes
 
-    def cut_to_checkpoint(self, branch: Branch) -> bool:
-        """Shorten a busy branch, whose evaluation was broken off, to its last saved state.
+    # -- disk -----------------------------------------------------------------------------------
 
-        Returns:
-            False if there is none; then the branch is of no more use.
-        """
-        position = max(branch.checkpoints, default=0)
-        if position:
-            self._cut(branch, position, branch.checkpoints[position])
-            branch.settled = True
-        return position > 0
-
-    def release(self, branch: Branch, *, keep: bool = True) -> None:
-        """Give a branch back: kept idle for later prompts, or dropped."""
-        branch.busy = False
-        if not branch.settled and keep:
-            self._memory.settle(branch.seq_id)
-            branch.settled = True
-        if not keep or not branch.n_tokens:
-            self._drop(branch)
-
-    # -- room -----------------------------------------------------------------------------------
-
-    @property
-    def n_cells_used(self) -> int:
-        """KV cells that sequences use, running or idle."""
-        return self._spans.n_cells_used
-
-    @property
-    def n_cells_free(self) -> int:
-        """KV cells no sequence uses."""
-        return self._n_cells - self.n_cells_used
-
-    def make_room(self, n_cells: int, keep: Branch | None = None) -> bool:
-        """Evict idle sequences until `n_cells` are free; False if that is not possible."""
-        while self.n_cells_free < n_cells:
-            victim = self._cheapest_idle(keep)
-            if victim is None:
-                return False
-            self._evict(victim)
-        return True
-
-    def n_cells_obtainable(self) -> int:
-        """Free cells plus those that only idle sequences use."""
-        return self._n_cells - sum(node.n_tokens for node in self._busy_nodes())
-
-    def n_cells_needed(self, prompt: Sequence[int]) -> int:
-        """Cells a prompt takes beyond those that running sequences hold for it already."""
-        match = self.best_match(prompt)
-        if not isinstance(match.holder, Branch):
-            return len(prompt)
-        busy = self._busy_nodes()
-        shared = (node for node in match.holder.node.path() if node in busy)
-        n_shared = sum(max(0, min(node.end, match.n_tokens) - node.start) for node in shared)
-        return len(prompt) - n_shared
-
-    def _busy_nodes(self) -> set[Node]:
-        """The spans that running sequences pass through."""
-        nodes: set[Node] = set()
-        for branch in self.branches:
-            if branch.busy:
-                nodes.update(branch.node.path())
-        return nodes
-
-    def evict_idle(self) -> None:
-        """Move every idle sequence to the archive."""
-        for branch in [b for b in self.branches if not b.busy]:
-            self._evict(branch)
+    def save(self, branch: Branch) -> None:
+        """Write an idle branch to the store, where it outlives the process."""
+        self._eviction.save(branch)
 
     @property
     def is_saving(self) -> bool:
         """Whether a sequence is on its way to the disk."""
         return self._archive.is_writing
 
-    def drop_idle(self) -> None:
-        """Forget every idle sequence of the device, whose state is in doubt."""
-        for branch in [b for b in self.branches if not b.busy]:
-            self._drop(branch)
-
     def close(self) -> None:
         """Wait until what is to be saved is on disk."""
         self._archive.close()
-
-    def _cheapest_idle(self, keep: Branch | None) -> Branch | None:
-        """The idle branch whose loss costs least: few tokens of its own, long unused."""
-        idle = [b for b in self.branches if not b.busy and b is not keep]
-        return min(idle, key=self._worth, default=None)
-
-    def _worth(self, branch: Branch) -> float:
-        return branch.n_tokens / (1 + self._clock - branch.last_used)
-
-    def _evict(self, branch: Branch) -> None:
-        state = self._describe(branch)
-        others = (self._describe(other) for other in self.branches if other is not branch)
-        is_covered = any(other.makes_useless(state) for other in others)
-        if not is_covered and self._archive.wants(state):
-            self._archive.put(state, self._payload(branch))
-        self._drop(branch)
-
-    def save(self, branch: Branch) -> None:
-        """Write an idle branch to the store, where it outlives the process."""
-        state = self._describe(branch)
-        if self._archive.is_to_write(state):
-            self._archive.save(state, self._payload(branch))
-
-    def _describe(self, branch: Branch) -> ArchivedState:
-        tokens = np.frombuffer(branch.tokens, np.int32).copy()
-        return ArchivedState(tokens, checkpoint_positions=frozenset(branch.checkpoints))
-
-    def _payload(self, branch: Branch) -> StatePayload:
-        return StatePayload(self._memory.full_state(branch.seq_id), dict(branch.checkpoints))
-
-    # -- bookkeeping ----------------------------------------------------------------------------
-
-    def _new_branch(self, keep: Branch | None) -> Branch | None:
-        if not self._free_ids:
-            victim = self._cheapest_idle(keep)
-            if victim is None:
-                return None
-            self._evict(victim)
-        branch = Branch(self._free_ids.pop(), self._spans.begin())
-        self.branches.append(branch)
-        return branch
-
-    def _drop(self, branch: Branch) -> None:
-        self._memory.drop(branch.seq_id)
-        self.branches.remove(branch)
-        self._free_ids.append(branch.seq_id)
-        self._spans.leave(branch.node)
-
-    def _cut(self, branch: Branch, n_tokens: int, state: bytes) -> None:
-        """Shorten an idle or fresh branch to a checkpoint of its own."""
-        self._memory.rewind(branch.seq_id, n_tokens, state)
-        branch.node = self._spans.move(branch.node, self._spans.split(branch.node, n_tokens))
-        branch.tokens = branch.tokens[:n_tokens]
-        branch.checkpoints = {p: s for p, s in branch.checkpoints.items() if p <= n_tokens}
-
-    def _touch(self, branch: Branch) -> None:
-        self._clock += 1
-        branch.last_used = self._clock
-
-
-def _usable(holder: Branch | ArchivedState, wanted: np.ndarray) -> _Match:
-    held = np.frombuffer(holder.tokens, np.int32) if isinstance(holder, Branch) else holder.tokens
-    n_common = _n_common(held, wanted)
-    limit = min(n_common, len(wanted) - 1)
-    if isinstance(holder, Branch) and not holder.settled:
-        return _Match(0, None, None)
-    if n_common == len(held) and 0 < n_common <= limit:
-        return _Match(n_common, holder, None)
-    if isinstance(holder, Branch):
-        position = max((p for p in holder.checkpoints if p <= limit), default=0)
-        return _Match(position, holder, holder.checkpoints.get(position))
-    position = max((p for p in holder.checkpoint_positions if p <= limit), default=0)
-    return _Match(position, holder, None)
-
-
-def _n_common(a: np.ndarray, b: np.ndarray) -> int:
-    """Length of the common prefix of two token arrays."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n

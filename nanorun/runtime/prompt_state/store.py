@@ -29,7 +29,8 @@ from numpy.typing import NDArray
 
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.llama.loaded_model import LoadedModel
-from nanorun.runtime.prompt_state.archive import ArchivedState, StatePayload
+from nanorun.runtime.prompt_state.archived_state import ArchivedState, StatePayload
+from nanorun.runtime.prompt_state.place_index import PlaceIndex
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,9 @@ class StateStore:
         self._fingerprint = fingerprint
         self._budget = budget_bytes
         self._max_age_s = max_age_s
-        self._entries: list[ArchivedState] = []
+        self.index = PlaceIndex()
+        """The sequences it holds for this model."""
+        self._by_path: dict[Path, ArchivedState] = {}
         self._lock = threading.Lock()
         for path in folder.glob("*.part"):
             if not _is_being_written(path):
@@ -89,12 +92,6 @@ class StateStore:
         for path in sorted(folder.glob("*" + SUFFIX)):
             self._adopt(path)
         self._prune()
-
-    @property
-    def entries(self) -> tuple[ArchivedState, ...]:
-        """The sequences it holds for this model."""
-        with self._lock:
-            return tuple(self._entries)
 
     def _adopt(self, path: Path) -> None:
         """List a file found in the folder; one of another model stays, a damaged one goes."""
@@ -109,7 +106,7 @@ class StateStore:
             return
         if header.fingerprint == self._fingerprint:
             positions = frozenset(header.checkpoint_positions)
-            self._entries.append(ArchivedState(header.tokens, "disk", positions, path))
+            self._list(ArchivedState(header.tokens, "disk", positions, path), path)
 
     def save(self, state: ArchivedState, payload: StatePayload) -> ArchivedState | None:
         """Write a sequence; files of its own prefixes that it makes useless are removed.
@@ -131,11 +128,10 @@ class StateStore:
             log.warning("a prompt state of %d bytes was not saved: %s", payload.n_bytes, error)
             return None
         entry = ArchivedState(state.tokens, "disk", frozenset(payload.checkpoints), path)
-        for old in self.entries:
-            if old.path != path and entry.makes_useless(old):
+        for old in self.index.covered_by(entry):
+            if old.path != path:
                 self.forget(old)
-        with self._lock:
-            self._entries = [e for e in self._entries if e.path != path] + [entry]
+        self._list(entry, path)
         self._prune(newest=path)
         return entry
 
@@ -165,9 +161,19 @@ class StateStore:
             self._unlist(entry.path)
             _remove(entry.path)
 
+    def _list(self, entry: ArchivedState, path: Path) -> None:
+        with self._lock:
+            old = self._by_path.get(path)
+            if old is not None:
+                self.index.discard(old)
+            self._by_path[path] = entry
+            self.index.add(entry)
+
     def _unlist(self, path: Path) -> None:
         with self._lock:
-            self._entries = [e for e in self._entries if e.path != path]
+            entry = self._by_path.pop(path, None)
+            if entry is not None:
+                self.index.discard(entry)
 
     def _prune(self, newest: Path | None = None) -> None:
         """Remove what is too old, then the least recently used until the budget holds.

@@ -100,7 +100,7 @@ def test_nothing_is_left_when_all_is_done(pico_f32_gguf: Path) -> None:
     rig.run()
     tree = rig.engine.tree
     assert not any(branch.busy for branch in tree.branches)
-    tree.evict_idle()
+    tree.make_room(SMALL.n_ctx)
     assert (tree.branches, tree.n_cells_used) == ([], 0)
     rig.close()
 

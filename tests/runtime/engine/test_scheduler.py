@@ -4,13 +4,15 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from nanorun.runtime.engine.scheduler import (
     MAX_PREFILL_BESIDE_DECODE,
     last_in_turn,
     plan_rows,
     separate_guesses,
-    shared_prefix_leader,
 )
+from nanorun.runtime.prompt_state.prefixes import Tokens
 
 
 @dataclass
@@ -30,8 +32,8 @@ class FakeStream:
         return SimpleNamespace(anchor=False)
 
     @property
-    def prompt(self) -> list[int]:
-        return list(range(self.n_prompt))
+    def prompt(self) -> Tokens:
+        return np.arange(self.n_prompt, dtype=np.int32)
 
     @property
     def turn(self) -> tuple[bool, bool, int]:
@@ -115,23 +117,3 @@ def test_only_background_work_gives_way_to_an_interactive_stream() -> None:
 def test_prefill_pauses_at_a_stop() -> None:
     ((_, row),) = plan_rows([FakeStream(1000, 100, stops={50, 100, 140})], 512, 512)
     assert len(row.tokens) == 40
-
-
-def test_leader_is_the_prefill_that_will_share_most() -> None:
-    common = list(range(200))
-    running = [([*common[:100], 999], 10), ([*common, 998], 20), (common, 300)]
-    assert shared_prefix_leader([*common, 1], running, n_cached=0) == (1, 200)
-
-
-def test_nobody_is_waited_for_when_little_is_shared() -> None:
-    assert shared_prefix_leader([1, 2, 3, 4], [([1, 2, 3, 9], 0)], n_cached=0) is None
-
-
-def test_nobody_is_waited_for_when_the_prefix_is_cached_already() -> None:
-    common = list(range(200))
-    assert shared_prefix_leader([*common, 1], [([*common, 2], 10)], n_cached=190) is None
-
-
-def test_nobody_is_waited_for_that_is_past_the_fork() -> None:
-    common = list(range(200))
-    assert shared_prefix_leader([*common, 1], [([*common, 2, 3], 201)], n_cached=0) is None

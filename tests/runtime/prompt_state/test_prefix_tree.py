@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -11,7 +13,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from nanorun.errors import EngineError
 from nanorun.runtime.prompt_state.archive import Archive
+from nanorun.runtime.prompt_state.branch import Branch
 from nanorun.runtime.prompt_state.prefix_tree import PrefixTree
+from nanorun.runtime.prompt_state.prefixes import Tokens
 
 N_SEQ, N_CELLS = 4, 96
 
@@ -80,8 +84,16 @@ def make_tree(
     return PrefixTree(memory, N_SEQ, N_CELLS, Archive(archive_bytes), checkpoint_bytes), memory
 
 
+def prompt_of(tokens: Sequence[int]) -> Tokens:
+    return np.array(tokens, np.int32)
+
+
+def start(tree: PrefixTree, prompt: Sequence[int]) -> Branch | None:
+    return tree.acquire(tree.best_match(prompt_of(prompt)))
+
+
 def read(tree: PrefixTree, memory: HybridMemory, prompt: list[int], stops: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
-    branch = tree.acquire(prompt)
+    branch = start(tree, prompt)
     assert branch is not None
     for end in sorted({*(s for s in stops if s > branch.n_tokens), len(prompt)}):
         piece = prompt[branch.n_tokens : end]
@@ -97,7 +109,7 @@ def test_acquire_continues_an_idle_sequence() -> None:
     tree, memory = make_tree()
     first = read(tree, memory, [1, 2, 3])
     tree.release(first)
-    again = tree.acquire([1, 2, 3, 4])
+    again = start(tree, [1, 2, 3, 4])
     assert again is first
     assert again.n_cached == 3
 
@@ -105,7 +117,7 @@ def test_acquire_continues_an_idle_sequence() -> None:
 def test_acquire_leaves_the_last_token_to_evaluate() -> None:
     tree, memory = make_tree()
     tree.release(read(tree, memory, [1, 2, 3]))
-    branch = tree.acquire([1, 2, 3])
+    branch = start(tree, [1, 2, 3])
     assert branch is not None
     assert branch.n_cached == 0  # no state exists before the last token
 
@@ -113,7 +125,7 @@ def test_acquire_leaves_the_last_token_to_evaluate() -> None:
 def test_acquire_forks_at_a_checkpoint_of_a_busy_sequence() -> None:
     tree, memory = make_tree()
     first = read(tree, memory, [1, 2, 3, 4, 5], stops=(3,))
-    second = tree.acquire([1, 2, 3, 9])
+    second = start(tree, [1, 2, 3, 9])
     assert second is not None and second is not first
     assert second.n_cached == 3
     assert memory.tokens(second.seq_id) == [1, 2, 3]
@@ -123,7 +135,7 @@ def test_acquire_forks_at_a_checkpoint_of_a_busy_sequence() -> None:
 def test_acquire_without_a_state_reads_anew() -> None:
     tree, memory = make_tree()
     read(tree, memory, [1, 2, 3, 4, 5])
-    second = tree.acquire([1, 2, 3, 9])
+    second = start(tree, [1, 2, 3, 9])
     assert second is not None
     assert second.n_cached == 0
 
@@ -132,7 +144,7 @@ def test_acquire_returns_none_while_all_sequences_are_busy() -> None:
     tree, memory = make_tree()
     for i in range(N_SEQ):
         read(tree, memory, [i, i])
-    assert tree.acquire([7]) is None
+    assert start(tree, [7]) is None
 
 
 def test_eviction_spills_to_the_archive_and_comes_back() -> None:
@@ -140,7 +152,7 @@ def test_eviction_spills_to_the_archive_and_comes_back() -> None:
     tree.release(read(tree, memory, list(range(40)), stops=(20,)))
     assert tree.make_room(N_CELLS)
     assert tree.n_cells_used == memory.n_cells() == 0
-    branch = tree.acquire([*range(20), 99, 98])
+    branch = start(tree, [*range(20), 99, 98])
     assert branch is not None
     assert (branch.n_cached, branch.cached_from) == (20, "host")
     assert memory.tokens(branch.seq_id) == list(range(20))
@@ -165,10 +177,10 @@ def test_sequence_on_the_device_is_said_to_come_from_there() -> None:
     tree, memory = make_tree()
     tree.release(read(tree, memory, list(range(40))))
     assert tree.make_room(N_CELLS)
-    branch = tree.acquire([*range(40), 50])
+    branch = start(tree, [*range(40), 50])
     assert branch is not None and branch.cached_from == "host"
     tree.release(branch)
-    again = tree.acquire([*range(40), 60])
+    again = start(tree, [*range(40), 60])
     assert again is branch
     assert (again.n_cached, again.cached_from) == (40, "device")
 
@@ -177,17 +189,17 @@ def test_eviction_keeps_the_checkpoints_that_no_other_sequence_has() -> None:
     tree, memory = make_tree()
     first = read(tree, memory, list(range(30)), stops=(10, 20))
     tree.release(first)
-    second = tree.acquire([*range(30), 50])
+    second = start(tree, [*range(30), 50])
     assert second is first
     tree.checkpoint(second)
-    third = tree.acquire([*range(30), 60])
+    third = start(tree, [*range(30), 60])
     assert third is not None and third is not second
     third.checkpoints = {30: third.checkpoints[30]}  # the others gave way to a budget
     tree.release(second)
     tree.make_room(tree.n_cells_free + 1)
-    tree.evict_idle()
+    tree.make_room(N_CELLS)
     tree.release(third, keep=False)
-    branch = tree.acquire([*range(20), 70])
+    branch = start(tree, [*range(20), 70])
     assert branch is not None
     assert (branch.n_cached, branch.cached_from) == (20, "host")
 
@@ -199,7 +211,7 @@ def test_recall_is_not_pushed_out_by_what_has_to_make_room_for_it() -> None:
     assert tree.make_room(N_CELLS)
     for i in range(N_SEQ):
         tree.release(read(tree, memory, [100 + i] * 20))
-    branch = tree.acquire([*wanted, 50])
+    branch = start(tree, [*wanted, 50])
     assert branch is not None
     assert (branch.n_cached, branch.cached_from) == (40, "host")
 
@@ -208,9 +220,9 @@ def test_recalled_checkpoints_stay_within_their_budget() -> None:
     tree, memory = make_tree(archive_bytes=4000, checkpoint_bytes=200)
     for i in range(2):
         tree.release(read(tree, memory, [50 + i, *range(30)], stops=(10, 20)))
-        tree.evict_idle()
+        tree.make_room(N_CELLS)
     for i in range(2):
-        branch = tree.acquire([50 + i, *range(30), 99])
+        branch = start(tree, [50 + i, *range(30), 99])
         assert branch is not None and branch.cached_from == "host"
         assert tree.checkpoint_bytes <= 200
 
@@ -228,9 +240,83 @@ def test_state_that_the_engine_refuses_is_read_anew() -> None:
     tree = PrefixTree(memory, N_SEQ, N_CELLS, Archive(4000))
     tree.release(read(tree, memory, list(range(40))))
     assert tree.make_room(N_CELLS)
-    branch = tree.acquire([*range(40), 50])
+    branch = start(tree, [*range(40), 50])
     assert branch is not None
     assert branch.n_cached == tree.n_cells_used == memory.n_cells() == 0
+
+
+def test_long_conversation_is_kept_before_short_ones_and_not_for_ever() -> None:
+    tree, memory = make_tree()
+    long = read(tree, memory, list(range(40)))
+    tree.release(long)
+    for i in range(5):
+        tree.release(read(tree, memory, [100 + i] * 3))
+    assert long in tree.branches
+    for i in range(100):
+        tree.release(read(tree, memory, [200 + i] * 3))
+    assert long not in tree.branches
+    branch = start(tree, [*range(40), 50])
+    assert branch is not None
+    assert (branch.n_cached, branch.cached_from) == (40, "host")
+
+
+def test_match_is_found_again_only_after_a_change() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, [1, 2, 3, 4], stops=(2,))
+    prompt = prompt_of([1, 2, 3, 9])
+    match = tree.best_match(prompt)
+    assert match.n_tokens == 2
+    memory.evaluate(first.seq_id, [5])
+    tree.extend(first, [5])
+    assert tree.best_match(prompt, match) is match
+    tree.checkpoint(first)
+    assert tree.best_match(prompt, match) is not match
+    assert tree.best_match(prompt_of([7, 8]), match).n_tokens == 0
+
+
+def test_match_that_a_running_sequence_grew_past_is_not_used() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, [1, 2, 3])
+    prompt = prompt_of([1, 2, 3, 4, 9])
+    match = tree.best_match(prompt)
+    assert match.n_tokens == 3  # the end, for now
+    memory.evaluate(first.seq_id, [4, 5])
+    tree.extend(first, [4, 5])
+    branch = tree.acquire(match)
+    assert branch is not None
+    assert branch.n_cached == 0
+    assert memory.tokens(branch.seq_id) == []
+
+
+def test_match_is_not_used_while_a_rollback_is_pending() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, [1, 2, 3], stops=(2,))
+    match = tree.best_match(prompt_of([1, 2, 9]))
+    tree.extend(first, [], settled=False)
+    branch = tree.acquire(match)
+    assert branch is not None
+    assert branch.n_cached == 0
+
+
+def test_sequence_too_large_to_come_back_leaves_the_place_to_one_on_the_device() -> None:
+    tree, memory = make_tree()
+    long = list(range(60))
+    tree.release(read(tree, memory, long, stops=(50,)))
+    assert tree.make_room(N_CELLS)
+    read(tree, memory, [*long[:40], 98, 99], stops=(40,))  # from the beginning: it holds no state
+    branch = start(tree, [*long[:50], 97])
+    assert branch is not None
+    assert (branch.n_cached, branch.cached_from) == (40, "device")
+
+
+def test_prompt_needs_only_the_cells_that_no_running_sequence_holds() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, [1, 2, 3, 4, 5], stops=(3,))
+    prompt = prompt_of([1, 2, 3, 9])
+    assert tree.n_cells_needed(tree.best_match(prompt)) == 1
+    tree.release(first)
+    assert tree.n_cells_needed(tree.best_match(prompt)) == 4
+    assert tree.n_cells_needed(tree.best_match(prompt_of([8, 8]))) == 2
 
 
 class TreeMachine(RuleBasedStateMachine):
@@ -238,25 +324,42 @@ class TreeMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tree, self.memory = make_tree()
+        self.memory, self.archive = HybridMemory(), Archive(4000)
+        self.tree = PrefixTree(self.memory, N_SEQ, N_CELLS, self.archive, 2000)
         self.busy: list = []  # type: ignore[type-arg]
 
     tokens = st.lists(st.integers(0, 2), min_size=1, max_size=24)
 
     @rule(prompt=tokens, stops=st.sets(st.integers(1, 24), max_size=3))
-    def start(self, prompt: list[int], stops: set[int]) -> None:
-        expected = self.tree.best_match(prompt).n_tokens
-        branch = self.tree.acquire(prompt)
+    def begin(self, prompt: list[int], stops: set[int]) -> None:
+        expected = self.n_reusable(prompt)
+        branch = start(self.tree, prompt)
         if branch is None:
-            assert len(self.busy) >= N_SEQ - 1
+            assert len(self.busy) == N_SEQ
             return
-        assert branch.n_cached <= expected < len(prompt)
+        assert branch.n_cached == expected < len(prompt)
         assert self.memory.tokens(branch.seq_id) == prompt[: branch.n_cached]
         self.busy.append(branch)
         for end in sorted({*(s for s in stops if s < len(prompt)), len(prompt)}):
             self.grow(branch, prompt[branch.n_tokens : end])
             if branch.n_tokens == end and end in stops:
                 self.tree.checkpoint(branch)
+
+    def n_reusable(self, prompt: list[int]) -> int:
+        """The most tokens that can be had for nothing, found by trying every place."""
+
+        def best(tokens: Sequence[int], checkpoints: Iterable[int]) -> int:
+            places = [p for p in (*checkpoints, len(tokens)) if p < len(prompt)]
+            return max((p for p in places if list(tokens[:p]) == prompt[:p]), default=0)
+
+        on_device = [best(b.tokens, b.checkpoints) for b in self.tree.branches]
+        n_device = max(on_device, default=0)
+        archived = [
+            (best(e.tokens, e.checkpoint_positions), -e.n_tokens) for e in self.archive.entries
+        ]
+        n_archived, n_cells = max(archived, default=(0, 0))
+        comes_back = n_archived > n_device and -n_cells <= self.tree.n_cells_obtainable()
+        return n_archived if comes_back else n_device
 
     def grow(self, branch, piece: list[int]) -> None:  # type: ignore[no-untyped-def]
         if piece and self.tree.make_room(len(piece)):
@@ -282,7 +385,7 @@ class TreeMachine(RuleBasedStateMachine):
 
     @rule()
     def evict_idle(self) -> None:
-        self.tree.evict_idle()
+        self.tree.make_room(N_CELLS)
 
     @invariant()
     def agrees(self) -> None:

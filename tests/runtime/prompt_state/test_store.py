@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanorun.runtime.prompt_state.archive import Archive, ArchivedState, StatePayload
+from nanorun.runtime.prompt_state.archive import Archive
+from nanorun.runtime.prompt_state.archived_state import ArchivedState, StatePayload
 from nanorun.runtime.prompt_state.store import (
     SUFFIX,
     BadStateFile,
@@ -76,7 +77,7 @@ def make_store(folder: Path, fingerprint: str = "model-1", budget: int = 10**6) 
 
 def test_store_finds_its_files_again(tmp_path: Path) -> None:
     make_store(tmp_path).save(ArchivedState(tokens(1, 2, 3)), PAYLOAD)
-    (entry,) = make_store(tmp_path).entries
+    (entry,) = make_store(tmp_path).index.entries
     assert entry.tokens.tolist() == [1, 2, 3]
     assert entry.place == "disk"
     payload = make_store(tmp_path).load(entry)
@@ -85,7 +86,7 @@ def test_store_finds_its_files_again(tmp_path: Path) -> None:
 
 def test_store_refuses_the_states_of_another_model(tmp_path: Path) -> None:
     make_store(tmp_path).save(ArchivedState(tokens(1, 2, 3)), PAYLOAD)
-    assert make_store(tmp_path, "model-2").entries == ()
+    assert make_store(tmp_path, "model-2").index.entries == ()
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -95,7 +96,7 @@ def test_store_removes_damaged_files(tmp_path: Path) -> None:
     assert entry is not None and entry.path is not None
     entry.path.write_bytes(entry.path.read_bytes()[:-1] + b"?")
     assert store.load(entry) is None
-    assert store.entries == ()
+    assert store.index.entries == ()
     assert not entry.path.exists()
 
 
@@ -103,7 +104,7 @@ def test_store_replaces_a_conversation_by_its_continuation(tmp_path: Path) -> No
     store = make_store(tmp_path)
     store.save(ArchivedState(tokens(1, 2)), StatePayload(b"a"))
     store.save(ArchivedState(tokens(1, 2, 3)), StatePayload(b"b", {2: b"c"}))
-    assert [e.tokens.tolist() for e in store.entries] == [[1, 2, 3]]
+    assert [e.tokens.tolist() for e in store.index.entries] == [[1, 2, 3]]
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -113,7 +114,7 @@ def test_store_keeps_within_its_budget_dropping_the_oldest(tmp_path: Path) -> No
         entry = store.save(ArchivedState(tokens(i, i)), StatePayload(bytes(800)))
         assert entry is not None and entry.path is not None
         os.utime(entry.path, (time.time() - 100 + i,) * 2)
-    assert [e.tokens[0] for e in store.entries] == [3, 4, 5]
+    assert [e.tokens[0] for e in store.index.entries] == [3, 4, 5]
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 3000
 
 
@@ -121,7 +122,7 @@ def test_store_forgets_what_is_too_old(tmp_path: Path) -> None:
     entry = make_store(tmp_path).save(ArchivedState(tokens(1)), PAYLOAD)
     assert entry is not None and entry.path is not None
     os.utime(entry.path, (1, 1))
-    assert StateStore(tmp_path, "model-1", 10**6, max_age_s=3600).entries == ()
+    assert StateStore(tmp_path, "model-1", 10**6, max_age_s=3600).index.entries == ()
     assert not entry.path.exists()
 
 
@@ -146,7 +147,7 @@ def test_store_opens_over_what_cannot_be_read_or_removed(tmp_path: Path) -> None
     (tmp_path / ("folder" + SUFFIX)).mkdir()
     (tmp_path / "folder.part").mkdir()
     store = make_store(tmp_path, budget=1)  # and nothing of it may stay
-    assert store.entries == ()
+    assert store.index.entries == ()
 
 
 def test_file_that_cannot_be_read_now_is_kept(
@@ -157,8 +158,8 @@ def test_file_that_cannot_be_read_now_is_kept(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", no_more_files)
-        assert make_store(state_file.parent).entries == ()
-    (entry,) = make_store(state_file.parent).entries
+        assert make_store(state_file.parent).index.entries == ()
+    (entry,) = make_store(state_file.parent).index.entries
     assert entry.tokens.tolist() == [5, 6, 7, 8]
 
 
@@ -166,7 +167,7 @@ def test_state_larger_than_the_budget_does_not_push_out_others(tmp_path: Path) -
     store = make_store(tmp_path, budget=3000)
     store.save(ArchivedState(tokens(1)), StatePayload(bytes(800)))
     assert store.save(ArchivedState(tokens(2)), StatePayload(bytes(4000))) is None
-    assert [e.tokens[0] for e in store.entries] == [1]
+    assert [e.tokens[0] for e in store.index.entries] == [1]
 
 
 def test_new_state_stays_beside_files_from_the_future(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_new_state_stays_beside_files_from_the_future(tmp_path: Path) -> None:
         assert entry is not None and entry.path is not None
         os.utime(entry.path, (time.time() + 1e8,) * 2)
     store.save(ArchivedState(tokens(7)), StatePayload(bytes(800)))
-    assert 7 in [e.tokens[0] for e in store.entries]
+    assert 7 in [e.tokens[0] for e in store.index.entries]
 
 
 def test_part_of_an_earlier_process_of_the_same_id_is_removed(tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_state_rewritten_by_another_process_is_not_taken_for_the_listed_one(tmp_
     assert entry is not None
     other.save(state, StatePayload(b"full", {1: b"one"}))
     assert mine.load(entry) is None
-    assert mine.entries == ()
+    assert mine.index.entries == ()
     assert len(list(tmp_path.iterdir())) == 1  # the other's
 
 
@@ -208,7 +209,7 @@ def test_state_removed_by_another_process_is_forgotten(tmp_path: Path) -> None:
     assert entry is not None and entry.path is not None
     entry.path.unlink()
     assert store.load(entry) is None
-    assert store.entries == ()
+    assert store.index.entries == ()
 
 
 def test_archive_writes_what_it_takes_in_and_drops_the_oldest_from_memory(tmp_path: Path) -> None:
@@ -243,7 +244,7 @@ def test_archive_keeps_its_budget_when_the_disk_is_slow(tmp_path: Path) -> None:
         most = max(most, archive.host_bytes)
     archive.close()
     assert most <= 1000
-    assert sorted(e.tokens[0] for e in store.entries) == list(range(20))
+    assert sorted(e.tokens[0] for e in store.index.entries) == list(range(20))
 
 
 def test_state_can_be_had_while_it_is_being_written(tmp_path: Path) -> None:
@@ -271,13 +272,13 @@ def test_short_sequences_are_not_written(tmp_path: Path) -> None:
     archive.put(ArchivedState(tokens(1, 2)), StatePayload(bytes(400)))
     archive.put(ArchivedState(tokens(4, 5, 6)), StatePayload(bytes(400)))
     archive.close()
-    assert [e.n_tokens for e in store.entries] == [3]
+    assert [e.n_tokens for e in store.index.entries] == [3]
 
 
 SAVER = """
 import sys, numpy as np
 from pathlib import Path
-from nanorun.runtime.prompt_state.archive import ArchivedState, StatePayload
+from nanorun.runtime.prompt_state.archived_state import ArchivedState, StatePayload
 from nanorun.runtime.prompt_state.store import StateStore
 store = StateStore(Path(sys.argv[1]), "model-1", 10**9)
 print("ready", flush=True)
@@ -302,7 +303,7 @@ def test_store_survives_being_killed_while_it_saves(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        for entry in make_store(tmp_path, budget=10**9).entries:
+        for entry in make_store(tmp_path, budget=10**9).index.entries:
             payload = make_store(tmp_path, budget=10**9).load(entry)
             assert payload is not None
             assert payload.full == bytes([(entry.n_tokens - 1) % 251]) * 3_000_000
