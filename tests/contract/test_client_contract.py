@@ -20,7 +20,7 @@ from nanorun.model.chat import (
     ThinkingDelta,
     ToolCallDelta,
 )
-from nanorun.runtime.client import Client, Generation
+from nanorun.runtime.protocol import Client, Generation
 from nanorun.runtime.reply.dial import grace_tokens
 from tests.contract.conftest import Subject
 

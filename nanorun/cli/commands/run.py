@@ -22,7 +22,7 @@ from nanorun.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from nanorun.model.chat import GenerateOptions, Grammar, Message
-    from nanorun.runtime.client import Client
+    from nanorun.runtime.protocol import Client
 
 
 def command(

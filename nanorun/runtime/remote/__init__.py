@@ -4,6 +4,6 @@
 endpoints takes, `reply.py` what they say.
 """
 
-from nanorun.runtime.remote.client import RemoteEngine
+from nanorun.runtime.remote.client import RemoteClient
 
-__all__ = ["RemoteEngine"]
+__all__ = ["RemoteClient"]

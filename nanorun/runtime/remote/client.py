@@ -24,7 +24,7 @@ from nanorun.runtime.remote.http import (
 )
 
 
-class RemoteEngine:
+class RemoteClient:
     """A client of one model at an endpoint.
 
     Args:

@@ -29,7 +29,7 @@ from nanorun.runtime.remote.sse import SseData, SseDecoder, SseItem
 from nanorun.runtime.reply.dial import Phase, ReasoningDial
 
 if TYPE_CHECKING:
-    from nanorun.runtime.remote.client import RemoteEngine
+    from nanorun.runtime.remote.client import RemoteClient
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ _CONTROL = "chat/completions/control"
 
 
 class RemoteGeneration:
-    """A reply of a `RemoteEngine`; see `nanorun.runtime.client.Generation`."""
+    """A reply of a `RemoteClient`; see `nanorun.runtime.protocol.Generation`."""
 
     def __init__(
         self,
-        engine: RemoteEngine,
+        engine: RemoteClient,
         http: Endpoint,
         messages: tuple[Message, ...],
         options: GenerateOptions,

@@ -130,7 +130,7 @@ def test_interrupted_job_that_does_not_stop_is_killed() -> None:
 def test_child_ends_with_its_parent() -> None:
     code = (
         "from nanorun.runtime.process.job import run_job\n"
-        "from tests.runtime.test_child_job import hang\n"
+        "from tests.runtime.process.test_job import hang\n"
         "run_job(hang, {}, lambda pid: print(pid, flush=True))\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -32,7 +32,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
     Usage,
 )
-from nanorun.runtime.remote import RemoteEngine
+from nanorun.runtime.remote import RemoteClient
 from nanorun.runtime.remote.http import RemoteSettings
 from tests.runtime.remote.scripted_endpoint import (
     LLAMA_MODEL,
@@ -65,16 +65,16 @@ TOOL: dict[str, Any] = {
 @asynccontextmanager
 async def talking(
     *answers: Answer, settings: RemoteSettings = FAST, **options: Any
-) -> AsyncIterator[tuple[RemoteEngine, ScriptedEndpoint]]:
+) -> AsyncIterator[tuple[RemoteClient, ScriptedEndpoint]]:
     async with scripted(*answers, **options) as endpoint:
-        engine = RemoteEngine(endpoint.url, settings=settings)
+        engine = RemoteClient(endpoint.url, settings=settings)
         try:
             yield engine, endpoint
         finally:
             await engine.close()
 
 
-async def ask(engine: RemoteEngine, **options: Any) -> list[Event]:
+async def ask(engine: RemoteClient, **options: Any) -> list[Event]:
     return [event async for event in engine.generate(QUESTION, GenerateOptions(**options))]
 
 
@@ -131,11 +131,11 @@ async def test_several_models_have_to_be_named() -> None:
         with pytest.raises(UsageError, match="lists 2 models; name one") as caught:
             await engine.start()
         assert caught.value.facts == ("models: small, large",)
-        named = RemoteEngine(endpoint.url, "large", FAST)
+        named = RemoteClient(endpoint.url, "large", FAST)
         await ask(named)
         assert endpoint.requests[0].body["model"] == "large"
         with pytest.raises(UsageError, match="has no model 'huge'"):
-            await RemoteEngine(endpoint.url, "huge", FAST).start()
+            await RemoteClient(endpoint.url, "huge", FAST).start()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ async def test_nothing_at_that_address_is_said_so() -> None:
     async with scripted(Answer()) as endpoint:
         url = endpoint.url
     with pytest.raises(EngineDied, match=r"cannot be reached: connection refused") as caught:
-        await ask(RemoteEngine(url))
+        await ask(RemoteClient(url))
     assert url in caught.value.message
 
 
@@ -175,7 +175,7 @@ async def test_endpoint_that_went_away_is_found_again() -> None:
 async def test_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
     with pytest.raises(LibraryError, match="the proxy of the environment cannot be used"):
-        await RemoteEngine("http://spark.local:8000").start()
+        await RemoteClient("http://spark.local:8000").start()
     async with talking(Answer.stream(*WHOLE)) as (engine, _):
         assert text_of(await ask(engine)) == "4"  # loopback needs none
 
@@ -213,7 +213,7 @@ async def test_key_is_in_no_error_and_no_log(
 def test_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANORUN_API_KEY", "sk\nInjected: yes")
     with pytest.raises(UsageError, match="NANORUN_API_KEY holds characters") as caught:
-        RemoteEngine("http://127.0.0.1:1")
+        RemoteClient("http://127.0.0.1:1")
     assert "Injected" not in caught.value.render()
 
 
