@@ -52,26 +52,31 @@ def measure_speed(shape: ModelShape, hardware: Hardware) -> Calibration:
         EngineError: If the engine cannot run it.
         NanorunError: If the slice cannot be written.
     """
+    from nanorun.model.engine_options import EngineOptions
     from nanorun.model.gguf import read_gguf
     from nanorun.plan.memory_use import Settings
-    from nanorun.plan.probe import measure
     from nanorun.plan.shape import shape_of_gguf
     from nanorun.plan.speed_estimate import (
         Calibration,
         decode_bytes,
         prefill_flops_per_token,
     )
+    from nanorun.runtime.measure.probe import measure
     from nanorun_converters.opened.shape_file import write_shape
 
     arch = slice_of(shape.arch)
     by_role = _types_of_roles(shape)
     types = {s.name: by_role.get(s.role, GgmlType.F32) for s in expected_tensors(arch).values()}
     settings = Settings(n_ctx=1024, n_ubatch=_N_UBATCH, n_seq_spare=0, n_gpu_layers=0)
+    options = EngineOptions(
+        n_ctx=1024, n_parallel=1, n_seq_spare=0, n_batch=_N_UBATCH, n_ubatch=_N_UBATCH,
+        n_threads=hardware.host.n_cores, n_gpu_layers=0,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="nanorun-") as folder:
         path = Path(folder) / "slice.gguf"
         _enliven(path, write_shape(path, arch, types))
         sliced = shape_of_gguf("slice", read_gguf(path))
-        measured = measure(path, settings, _N_FILL)
+        measured = measure(path, options, _N_FILL)
     found = Calibration(
         decode_bandwidth=decode_bytes(sliced, settings) * measured.decode_tps,
         prefill_flops=prefill_flops_per_token(arch) * measured.prefill_tps,

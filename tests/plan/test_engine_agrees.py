@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from nanorun.model.arch import HybridArch
+from nanorun.model.engine_options import EngineOptions
 from nanorun.model.footprint import kv_bytes, mtp_kv_bytes, output_bytes, state_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import expected_tensors
 from nanorun.plan.graph.compute_graph import compute_bytes, mtp_compute_bytes
 from nanorun.plan.memory_use import Settings, graph_sizes
-from nanorun.plan.probe import probe_contexts
+from nanorun.runtime.measure.probe import probe_contexts
 from nanorun_converters.family.config import arch_from_config
 from nanorun_converters.opened.shape_file import write_shape
 from nanorun_converters.source.open import open_source
@@ -51,6 +52,16 @@ def settings(
     )  # fmt: skip
 
 
+def opened(s: Settings) -> EngineOptions:
+    """What opens an engine with these settings."""
+    guesses = "mtp" if s.with_mtp else "lookup" if s.n_rs_seq else "off"
+    return EngineOptions(
+        n_ctx=s.n_ctx, n_parallel=s.n_parallel, n_seq_spare=s.n_seq_spare, n_batch=s.n_ubatch,
+        n_ubatch=s.n_ubatch, n_threads=1, n_gpu_layers=s.n_gpu_layers, type_k=s.type_k.label,
+        type_v=s.type_v.label, speculation=guesses, n_draft=s.n_rs_seq,
+    )  # fmt: skip
+
+
 def predicted_context(arch: HybridArch, s: Settings) -> dict[str, int]:
     """What the formulas say, by the names of the engine's answer."""
     # Rows for drafted tokens are added when they are first asked for.
@@ -75,7 +86,12 @@ def check(folder: Path, arch: HybridArch, contexts: list[Settings]) -> None:
     types = {s.name: Q4_0 if s.quantizable else GgmlType.F32
              for s in expected_tensors(arch).values()}  # fmt: skip
     write_shape(path, arch, types)
-    reckoned = [r for part in _dozens(contexts) for r in probe_contexts(path, part)]
+    head = contexts[0].with_mtp
+    reckoned = [
+        r
+        for part in _dozens(contexts)
+        for r in probe_contexts(path, [opened(s) for s in part], head=head)
+    ]
     for context, probed in zip(contexts, reckoned, strict=True):
         predicted = predicted_context(arch, context)
         for part, n_bytes in predicted.items():

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from nanorun.model.measurement import Measurement
 from nanorun.plan.memory_plan import Plan, Wish, plan_model
-from nanorun.plan.probe import Measurement
 from nanorun.plan.shape import shape_of_recipe
 from nanorun.plan.verification import Verification, render_verification, verification_keys
 from tests.model.known_archs import NANO

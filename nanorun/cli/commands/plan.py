@@ -13,7 +13,7 @@ import typer
 
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import write_data, write_json
-from nanorun.cli.planning import parse_draft, parse_wish
+from nanorun.cli.planning import engine_options, parse_draft, parse_wish
 from nanorun.cli.shapes import shapes_of_model
 from nanorun.errors import MemoryPlanError, NanorunError, UsageError
 
@@ -228,8 +228,8 @@ def _write_plot(path: Path, plan: Plan) -> None:
 
 
 def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
-    from nanorun.plan.probe import probe_plan
     from nanorun.plan.verification import Probe, probe_keys, render_probe
+    from nanorun.runtime.measure.probe import probe_plan
     from nanorun_converters.opened.shape_file import write_shape
 
     with tempfile.TemporaryDirectory(prefix="nanorun-") as folder:
@@ -238,13 +238,13 @@ def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
             # The engine reads the header only: a file without data has all it asks for.
             path = Path(folder) / "shape.gguf"
             write_shape(path, plan.shape.arch, {t.name: t.type for t in plan.shape.tensors})
-        found = Probe(plan, probe_plan(path, plan.settings))
+        found = Probe(plan, probe_plan(path, engine_options(plan)))
     return probe_keys(found), render_probe(found)
 
 
 def _verify(plan: Plan) -> tuple[dict[str, Any], str]:
-    from nanorun.plan.probe import measure, probe_plan
     from nanorun.plan.verification import Verification, render_verification, verification_keys
+    from nanorun.runtime.measure.probe import measure, probe_plan
 
     path = plan.shape.path
     if path is None:
@@ -252,12 +252,12 @@ def _verify(plan: Plan) -> tuple[dict[str, Any], str]:
             f"--verify loads the model, and {plan.shape.name} is not a file",
             tries=["nanorun plan FILE.gguf --verify"],
         )
-    settings = plan.settings
-    n_fill = min(_FILL, settings.n_ctx // 2)
+    options = engine_options(plan)
+    n_fill = min(_FILL, options.n_ctx // 2)
     verified = Verification(
         plan=plan,
-        probed=probe_plan(path, settings),
-        measured=measure(path, settings, n_fill),
+        probed=probe_plan(path, options),
+        measured=measure(path, options, n_fill),
         n_fill=n_fill,
     )
     return verification_keys(verified), render_verification(verified)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import cache
 from operator import attrgetter
 from types import NoneType, UnionType
@@ -132,6 +133,8 @@ def _encoder(hint: Any) -> Convert:
     origin, args = get_origin(hint), get_args(hint)
     if hint is bytes:  # a token's bytes may be part of a character; as Latin-1 every byte is one
         return lambda value: value.decode("latin-1")
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return attrgetter("value")
     if isinstance(hint, type) and issubclass(hint, NanorunError):
         return lambda e: [type(e).__name__, e.message, e.facts, e.tries]
     if is_dataclass(hint):
@@ -191,6 +194,8 @@ def _decoder(hint: Any) -> Convert:
     if hint is bytes:
         text = _decoder(str)
         return lambda value: text(value).encode("latin-1")
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return hint  # a value that it does not have is a ValueError
     if isinstance(hint, type) and issubclass(hint, NanorunError):
         return _decode_error
     if is_dataclass(hint):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, get_args
 
 import pytest
@@ -61,6 +63,15 @@ st.register_type_strategy(
 )  # fmt: skip
 several = st.lists(json_values, max_size=3)
 progress = st.builds(Progress, values=several.map(tuple))
+
+
+class Kind(IntEnum):
+    GOOD = 3
+
+
+@dataclass(frozen=True)
+class Opened:
+    kind: Kind
 
 
 def frames_of(kinds: Any) -> st.SearchStrategy[Any]:
@@ -191,6 +202,13 @@ def test_frame_that_breaks_off_is_the_end() -> None:
     frame = ANSWERS.encode(Said("r1", Finished("stop")))
     for n_bytes in range(len(frame)):
         assert wire.read(io.BytesIO(frame[:n_bytes])) is None
+
+
+def test_fields_may_be_enums() -> None:
+    codec: Codec[Opened] = Codec(Opened)
+    assert carried(codec, Opened(Kind.GOOD)) == Opened(Kind.GOOD)
+    with pytest.raises(MalformedFrame, match="7 is not a valid Kind"):
+        codec.decode(b"[7]")
 
 
 def test_numbers_may_be_whole_where_fractions_are_allowed() -> None:
