@@ -16,7 +16,7 @@ from nanorun.tui.app import NanorunApp
 from nanorun.tui.screens.chat import ChatScreen
 
 if TYPE_CHECKING:
-    from nanorun.runtime.client import Client
+    from nanorun.runtime.protocol import Client
 
 QUESTIONS = ["What is 4785 + 697?", "What is 58 + 367?"]
 SIZE = (92, 24)

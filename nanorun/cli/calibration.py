@@ -54,13 +54,13 @@ def measure_speed(shape: ModelShape, hardware: Hardware) -> Calibration:
     """
     from nanorun.model.engine_options import EngineOptions
     from nanorun.model.gguf import read_gguf
-    from nanorun.plan.probe import measure
     from nanorun.plan.shape import shape_of_gguf
     from nanorun.plan.speed_estimate import (
         Calibration,
         decode_bytes,
         prefill_flops_per_token,
     )
+    from nanorun.runtime.measure.probe import measure
     from nanorun_converters.opened.shape_file import write_shape
 
     arch = slice_of(shape.arch)

@@ -10,7 +10,7 @@ from nanorun.cli import options as opt
 from nanorun.errors import UsageError
 
 if TYPE_CHECKING:
-    from nanorun.runtime.remote import RemoteEngine
+    from nanorun.runtime.remote import RemoteClient
 
 EndpointOption = Annotated[
     str | None,
@@ -32,7 +32,7 @@ ModelOrPicoArgument = Annotated[
 ]
 
 
-def open_endpoint(url: str, model: str | None, *, n_ctx: str | None = None) -> RemoteEngine:
+def open_endpoint(url: str, model: str | None, *, n_ctx: str | None = None) -> RemoteClient:
     """A client of the endpoint, not connected yet.
 
     Args:
@@ -45,6 +45,6 @@ def open_endpoint(url: str, model: str | None, *, n_ctx: str | None = None) -> R
     """
     if n_ctx is not None:
         raise UsageError("--n-ctx is for a model that is opened here, and --endpoint opens none")
-    from nanorun.runtime.remote import RemoteEngine
+    from nanorun.runtime.remote import RemoteClient
 
-    return RemoteEngine(url, model)
+    return RemoteClient(url, model)

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanorun.model.footprint import output_bytes, padded_n_ctx
+from nanorun.model.measurement import PROBED, Measurement
 from nanorun.model.units import MIB, format_gib
 from nanorun.plan.graph.compute_graph import mask_bytes
 from nanorun.plan.machine.hardware import HOST
 from nanorun.plan.memory_use import DeviceUse
 from nanorun.plan.plan import Plan
-from nanorun.plan.probe import PROBED, Measurement
 from nanorun.plan.report import device_keys
 
 _PARTS = ("weights", *PROBED)

@@ -1,8 +1,7 @@
-"""The engine as everyone else sees it: an async client of the child process.
+"""The local engine: an async client of the child process that runs it.
 
-`Client` is the protocol that the chat, the server and the command line are written against;
-`EngineClient` is the local one. A child that dies takes its running replies with it and nothing
-else: they end with `EngineDied`, and the next request starts a new child.
+A child that dies takes its running replies with it and nothing else: they end with `EngineDied`,
+and the next request starts a new child.
 """
 
 from __future__ import annotations
@@ -11,13 +10,17 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Self, TypeVar
 
-from nanorun.errors import EngineDied, EngineOutOfMemory, MemoryPlanError, NanorunError
+from nanorun.errors import (
+    EngineDied,
+    EngineOutOfMemory,
+    MemoryPlanError,
+    NanorunError,
+)
 from nanorun.model.chat import (
     EngineStats,
     Event,
@@ -29,49 +32,28 @@ from nanorun.model.chat import (
     PrefillProgress,
 )
 from nanorun.model.engine_options import EngineOptions
-from nanorun.runtime.process import wire
 from nanorun.runtime.process.child import Child
+from nanorun.runtime.process.frames import (
+    Answer,
+    Cancel,
+    Failed,
+    FinishThinking,
+    Generate,
+    Progress,
+    Request,
+    Said,
+    Score,
+    Scored,
+    SetBudget,
+    Statistics,
+    Stats,
+    Tokenize,
+    Tokens,
+)
 
 log = logging.getLogger(__name__)
 
-
-class Client(Protocol):
-    """Something that answers conversations: a local engine or a remote endpoint."""
-
-    @property
-    def info(self) -> ModelInfo | None:
-        """What answers; None before `start`."""
-
-    async def start(self) -> ModelInfo:
-        """Load or reach the model; does nothing if that is done."""
-
-    async def close(self) -> None:
-        """End it."""
-
-    def generate(self, messages: Sequence[Message], options: GenerateOptions) -> Generation:
-        """Begin a reply."""
-
-
-class Generation(Protocol):
-    """A reply in the making: iterate over its events, the last of which is `Finished`.
-
-    Leaving the iteration early (`aclose`, or cancelling the task) cancels the reply.
-    """
-
-    def __aiter__(self) -> AsyncIterator[Event]: ...
-    async def __anext__(self) -> Event: ...
-
-    async def aclose(self) -> None:
-        """Cancel the reply if it runs, and stop listening."""
-
-    async def cancel(self) -> None:
-        """End the reply; `Finished("cancelled")` follows."""
-
-    async def finish_thinking(self) -> None:
-        """Make it answer soon."""
-
-    async def set_budget(self, n_tokens: int | None) -> None:
-        """Change its thinking tokens; None for no limit."""
+A = TypeVar("A", bound=Answer)
 
 
 class EngineClient:
@@ -207,44 +189,42 @@ class EngineClient:
 
     def generate(self, messages: Sequence[Message], options: GenerateOptions) -> EngineGeneration:
         """Begin a reply; the child is started on first use."""
-        frame = {
-            "verb": "generate",
-            "messages": [asdict(message) for message in messages],
-            "options": asdict(options),
-        }
-        return EngineGeneration(self, self._new_id(), frame)
+        return EngineGeneration(self, Generate(self._new_id(), tuple(messages), options))
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` lets control-token texts become control tokens."""
-        tokens: list[int] = await self._ask({"verb": "tokenize", "text": text, "special": special})
-        return tokens
+        answer = await self._ask(Tokenize(self._new_id(), text, special), Tokens)
+        return list(answer.tokens)
 
     async def stats(self) -> EngineStats:
         """What the engine holds right now."""
-        return EngineStats(**await self._ask({"verb": "stats"}))
+        return (await self._ask(Stats(self._new_id()), Statistics)).stats
 
     async def score(
         self, text: str, n_ctx: int = 512, progress: Callable[[int, int], None] | None = None
     ) -> tuple[int, float]:
         """Predictions scored and perplexity of a text; see `runtime/measure/perplexity.py`."""
-        value = await self._ask({"verb": "score", "text": text, "n_ctx": n_ctx}, progress)
-        return value["n_tokens"], value["ppl"]
+        scored = await self._ask(Score(self._new_id(), text, n_ctx), Scored, progress)
+        return scored.n_tokens, scored.ppl
 
     async def _ask(
-        self, frame: dict[str, Any], progress: Callable[[int, int], None] | None = None
-    ) -> Any:
-        child, request_id = await self.ready_child(), self._new_id()
+        self,
+        request: Request,
+        kind: type[A],
+        progress: Callable[[int, int], None] | None = None,
+    ) -> A:
+        """The answer to a request, which is of class `kind`."""
+        child = await self.ready_child()
         try:
-            with child.inbox(request_id) as inbox:
-                await child.send({"id": request_id, **frame})
-                while True:
-                    answer = await inbox.get()
-                    if isinstance(answer, NanorunError):
-                        raise answer
-                    if answer["kind"] == "result":
-                        return answer["value"]
-                    if progress is not None:
-                        progress(answer["n_done"], answer["n_total"])
+            with child.inbox(request.id) as inbox:
+                await child.send(request)
+                while not isinstance(answer := await inbox.get(), kind):
+                    match answer:
+                        case Failed(error=error):
+                            raise error
+                        case Progress(values=values) if progress is not None:
+                            progress(*values)
+                return answer
         finally:
             self.rest()
 
@@ -261,14 +241,14 @@ class EngineClient:
 class EngineGeneration:
     """A reply of an `EngineClient`; see `Generation`."""
 
-    def __init__(self, client: EngineClient, request_id: str, frame: dict[str, Any]) -> None:
+    def __init__(self, client: EngineClient, request: Generate) -> None:
         self._client = client
-        self._id = request_id
-        self._frames = [frame]
+        self._id = request.id
+        self._requests: list[Request] = [request]
         """The request, and what was asked of it before the engine could be told."""
         self._child: Child | None = None
         self._stack = contextlib.ExitStack()
-        self._inbox: asyncio.Queue[Any] | None = None
+        self._inbox: asyncio.Queue[Answer] | None = None
         self._has_heard = False
         """Whether the engine took the request up."""
         self._has_begun = False
@@ -283,42 +263,42 @@ class EngineGeneration:
         if self._done:
             raise StopAsyncIteration
         try:
-            answer = await self._next_answer()
-            while isinstance(answer, NanorunError) and await self._can_begin_anew(answer):
+            event = await self._next_event()
+            while isinstance(event, NanorunError) and await self._can_begin_anew(event):
                 self._stack.close()
                 self._inbox = None
-                answer = await self._next_answer()
+                event = await self._next_event()
         except BaseException:
             await self.aclose()
             raise
-        if isinstance(answer, NanorunError):
+        if isinstance(event, NanorunError):
             self._end()
-            raise answer
-        if isinstance(answer, Notice):
-            return answer
-        event = wire.event_from_json(answer)
-        self._has_heard = True
+            raise event
         self._has_begun = self._has_begun or not isinstance(event, PrefillProgress | Notice)
         if isinstance(event, Finished):
             self._end()
         return event
 
-    async def _next_answer(self) -> Notice | NanorunError | dict[str, Any]:
-        """A frame about this reply, an error, or something the person should know first."""
+    async def _next_event(self) -> Event | NanorunError:
+        """An event of this reply, an error, or something the person should know first."""
         if self._inbox is None:
             self._child = await self._client.ready_child()
             self._inbox = self._stack.enter_context(self._child.inbox(self._id))
             self._attempts += 1
             try:
-                for frame in self._frames:
-                    await self._child.send({"id": self._id, **frame})
+                for request in self._requests:
+                    await self._child.send(request)
             except EngineDied as error:
                 return error
         notice = self._client.take_notice()
         if notice is not None:
             return Notice(notice)
-        answer: NanorunError | dict[str, Any] = await self._inbox.get()
-        return answer
+        answer = await self._inbox.get()
+        if isinstance(answer, Failed):
+            return answer.error
+        assert isinstance(answer, Said)
+        self._has_heard = True
+        return answer.event
 
     async def _can_begin_anew(self, error: NanorunError) -> bool:
         """Whether a failed reply may be asked again without anybody noticing.
@@ -334,28 +314,28 @@ class EngineGeneration:
 
     async def cancel(self) -> None:
         """End the reply; `Finished("cancelled")` follows."""
-        await self._control({"verb": "cancel"})
+        await self._control(Cancel(self._id))
 
     async def finish_thinking(self) -> None:
         """Make it answer soon."""
-        await self._control({"verb": "finish_thinking"})
+        await self._control(FinishThinking(self._id))
 
     async def set_budget(self, n_tokens: int | None) -> None:
         """Change its thinking tokens; None for no limit."""
-        await self._control({"verb": "set_budget", "budget": n_tokens})
+        await self._control(SetBudget(self._id, n_tokens))
 
     async def aclose(self) -> None:
         """Cancel the reply if it runs, and stop listening."""
         if not self._done:
-            await self._control({"verb": "cancel"})
+            await self._control(Cancel(self._id))
             self._end()
 
-    async def _control(self, frame: dict[str, Any]) -> None:
+    async def _control(self, request: Request) -> None:
         if self._inbox is None:
-            self._frames.append(frame)
+            self._requests.append(request)
         elif self._child is not None and self._child.alive and not self._done:
             with contextlib.suppress(EngineDied):
-                await self._child.send({"id": self._id, **frame})
+                await self._child.send(request)
 
     def _end(self) -> None:
         if not self._done:

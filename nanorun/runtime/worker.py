@@ -14,13 +14,12 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
-from nanorun.model.chat import Event, Finished, GenerateOptions, ModelInfo
-from nanorun.model.engine_options import EngineOptions
+from nanorun.model.chat import Event, Finished, ModelInfo
 from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn
 from nanorun.runtime.engine.request import compile_constraint, needs_constraint, prepare_request
@@ -28,10 +27,34 @@ from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.measure.perplexity import score_text
 from nanorun.runtime.process import wire
 from nanorun.runtime.process.child_main import run_as_child
+from nanorun.runtime.process.frames import (
+    ANSWERS,
+    REQUESTS,
+    Answer,
+    Cancel,
+    Close,
+    Failed,
+    FinishThinking,
+    Generate,
+    Open,
+    Ping,
+    Pong,
+    Progress,
+    Ready,
+    Request,
+    Said,
+    Score,
+    Scored,
+    SetBudget,
+    Statistics,
+    Stats,
+    Tokenize,
+    Tokens,
+)
+from nanorun.runtime.process.wire import MalformedFrame
+from nanorun.runtime.reply.constraint import Constraint
 
 log = logging.getLogger(__name__)
-
-Frame = dict[str, Any]
 
 # Idle time after which conversations that changed are written to disk.
 _SAVE_AFTER_S = 2.0
@@ -40,13 +63,26 @@ _SAVE_PAUSE_S = 0.05
 _FLUSH_EVERY_S = 0.004
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A request that waited for its grammar."""
+
+    request: Generate
+    outcome: Constraint | NanorunError | None
+
+    @property
+    def id(self) -> str:
+        """The request's."""
+        return self.request.id
+
+
 class Worker:
-    """Reads verbs, drives the engine, writes events."""
+    """Reads requests, drives the engine, writes answers."""
 
     def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
         self._source = source
         self._sink = sink
-        self._inbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | Compiled] = queue.SimpleQueue()
         self._engine: Engine | None = None
         self._turns: dict[str, Turn] = {}
         self._ahead = ReadingAhead()
@@ -62,18 +98,20 @@ class Worker:
         self._closing = False
 
     def run(self) -> None:
-        """Open the model named by the first frame, then serve until told to close."""
-        opening = wire.read(self._source)
-        if opening is None:
+        """Open the model that the first request names, then serve until told to close."""
+        body = wire.read(self._source)
+        if body is None:
             return
+        opening = REQUESTS.decode(body)
+        if not isinstance(opening, Open):
+            raise EngineError(f"no model is open that could be asked to {opening}")
         threading.Thread(target=self._listen, daemon=True).start()
         try:
             self._engine = self._open(opening)
         except NanorunError as error:
-            self._send(opening["id"], wire.error_to_json(error))
+            self._send(Failed(opening.id, error))
             return
-        info = asdict(describe(self._engine))
-        self._send(opening["id"], {"kind": "ready", "info": info})
+        self._send(Ready(opening.id, describe(self._engine)))
         with contextlib.suppress(NanorunError):
             self._engine.model.warm_up()
         self._serve(self._engine)
@@ -81,11 +119,11 @@ class Worker:
         # state may be saved.
         self._engine.close()
 
-    def _open(self, frame: Frame) -> Engine:
-        options = EngineOptions(**frame["options"])
-        if options.verbose:
+    def _open(self, request: Open) -> Engine:
+        if request.options.verbose:
             logging.getLogger().setLevel(logging.DEBUG)
-        return Engine(LoadedModel(Path(frame["path"]), options), options)
+        model = LoadedModel(Path(request.path), request.options)
+        return Engine(model, request.options)
 
     def _serve(self, engine: Engine) -> None:
         while True:
@@ -94,10 +132,10 @@ class Worker:
                     self._read_ahead(engine)
                     if engine.busy:
                         break
-                frame = self._next_frame(engine)
-                if frame["verb"] == "close":
+                request = self._next_request(engine)
+                if isinstance(request, Close):
                     return
-                self._handle(engine, frame)
+                self._handle(engine, request)
             self._n_steps += 1
             self._in_step = True
             outputs = engine.step()
@@ -108,8 +146,8 @@ class Worker:
                 for request_id, output in outputs:
                     self._deliver(engine, request_id, output)
 
-    def _next_frame(self, engine: Engine) -> Frame:
-        """Wait for a frame; when none comes for a while, use the time to save."""
+    def _next_request(self, engine: Engine) -> Request | Compiled:
+        """Wait for a request; when none comes for a while, use the time to save."""
         with contextlib.suppress(queue.Empty):
             return self._inbox.get(timeout=_SAVE_AFTER_S)
         while engine.save_one():
@@ -121,11 +159,11 @@ class Worker:
         turn = self._turns.get(request_id)
         if isinstance(output, NanorunError):
             self._turns.pop(request_id, None)
-            self._send(request_id, wire.error_to_json(output))
+            self._send(Failed(request_id, output))
             return
         if turn is not None:
             turn.take(output)
-        self._send(request_id, wire.event_to_json(output))
+        self._send(Said(request_id, output))
         if isinstance(output, Finished):
             self._turns.pop(request_id, None)
             is_complete = output.reason in ("stop", "length")
@@ -142,92 +180,102 @@ class Worker:
     def _listen(self) -> None:
         """Reader thread: signs of life and cancellations do not wait for the end of a batch."""
         with contextlib.suppress(BrokenPipeError):
-            while (frame := wire.read(self._source)) is not None:
-                if frame["verb"] == "ping":
-                    n_steps = self._n_steps if self._in_step else None
-                    self._send(frame["id"], {"kind": "pong", "n_steps": n_steps})
-                    continue
-                if frame["verb"] == "cancel" and self._engine is not None:
-                    self._engine.cancel(frame["id"])
-                elif frame["verb"] == "close" and self._engine is not None:
-                    self._closing = True
-                    self._engine.cancel_all()  # a long batch would take the time to save
-                self._inbox.put(frame)
+            while (body := wire.read(self._source)) is not None:
+                try:
+                    self._hear(REQUESTS.decode(body))
+                except MalformedFrame as error:
+                    self._send(Failed(error.request_id, error))
         os._exit(0)  # the parent is gone: nobody is left to answer
 
-    def _handle(self, engine: Engine, frame: Frame) -> None:
-        request_id, verb = frame["id"], frame["verb"]
-        try:
-            if verb == "generate":
-                self._generate(engine, frame)
-            elif verb == "cancel":
-                self._compiling.discard(request_id)
-                engine.cancel(request_id)
-            elif verb == "finish_thinking":
-                engine.finish_thinking(request_id)
-            elif verb == "set_budget":
-                engine.set_budget(request_id, frame["budget"])
-            elif verb == "tokenize":
-                tokens = engine.model.tokenize(frame["text"], special=frame["special"])
-                self._send(request_id, {"kind": "result", "value": tokens})
-            elif verb == "stats":
-                self._send(request_id, {"kind": "result", "value": asdict(engine.stats())})
-            elif verb == "score":
-                self._score(engine, frame)
-            else:
-                raise EngineError(f"the engine does not know the verb {verb!r}")
-        except NanorunError as error:
-            self._send(request_id, wire.error_to_json(error))
-        except Exception as error:  # a request that nobody foresaw must not end the others
-            log.exception("%s failed", verb)
-            failure = EngineError(f"the engine failed at {verb}: {error!r}")
-            self._send(request_id, wire.error_to_json(failure))
-
-    def _generate(self, engine: Engine, frame: Frame) -> None:
-        request_id, options = frame["id"], wire.options_from_json(frame["options"])
-        if "constraint" not in frame:
-            if needs_constraint(options):
-                self._compile(engine, frame, options)
-                return
-        elif request_id not in self._compiling:  # cancelled meanwhile
-            self._send(request_id, wire.event_to_json(Finished("cancelled")))
+    def _hear(self, request: Request) -> None:
+        if isinstance(request, Ping):
+            self._send(Pong(request.id, self._n_steps if self._in_step else None))
             return
-        self._compiling.discard(request_id)
-        constraint = frame.get("constraint")
-        if isinstance(constraint, NanorunError):
-            raise constraint
-        messages = [wire.message_from_json(m) for m in frame["messages"]]
+        if isinstance(request, Cancel) and self._engine is not None:
+            self._engine.cancel(request.id)
+        elif isinstance(request, Close) and self._engine is not None:
+            self._closing = True
+            self._engine.cancel_all()  # a long batch would take the time to save
+        self._inbox.put(request)
+
+    def _handle(self, engine: Engine, request: Request | Compiled) -> None:
+        try:
+            self._answer(engine, request)
+        except NanorunError as error:
+            self._send(Failed(request.id, error))
+        except Exception as error:  # a request that nobody foresaw must not end the others
+            name = type(request).__name__
+            log.exception("%s failed", name)
+            self._send(Failed(request.id, EngineError(f"the engine failed at {name}: {error!r}")))
+
+    def _answer(self, engine: Engine, request: Request | Compiled) -> None:
+        match request:
+            case Generate() if needs_constraint(request.options):
+                self._compile(engine, request)
+            case Generate():
+                self._generate(engine, request, None)
+            case Compiled():
+                self._take_compiled(engine, request)
+            case Cancel():
+                self._compiling.discard(request.id)
+                engine.cancel(request.id)
+            case FinishThinking():
+                engine.finish_thinking(request.id)
+            case SetBudget():
+                engine.set_budget(request.id, request.n_tokens)
+            case Tokenize():
+                tokens = engine.model.tokenize(request.text, special=request.special)
+                self._send(Tokens(request.id, tuple(tokens)))
+            case Stats():
+                self._send(Statistics(request.id, engine.stats()))
+            case Score():
+                self._score(engine, request)
+            case _:
+                raise EngineError(f"the engine has a model open and is asked to {request}")
+
+    def _generate(self, engine: Engine, asked: Generate, constraint: Constraint | None) -> None:
+        messages, options = list(asked.messages), asked.options
         request = prepare_request(
-            request_id, engine.model, messages, options, constraint, n_ctx=engine.context.n_ctx
+            asked.id, engine.model, messages, options, constraint, n_ctx=engine.context.n_ctx
         )
         engine.submit(request)
         self._ahead.interrupt(messages)
-        self._turns[request_id] = Turn(messages, options)
+        self._turns[asked.id] = Turn(messages, options)
 
-    def _compile(self, engine: Engine, frame: Frame, options: GenerateOptions) -> None:
-        """Compile a grammar in another thread; the frame comes back with it."""
+    def _compile(self, engine: Engine, request: Generate) -> None:
+        """Compile a grammar in another thread; the request comes back with it."""
 
         def compile_it() -> None:
+            outcome: Constraint | NanorunError | None
             try:
-                constraint: object = compile_constraint(engine.model, options)
+                outcome = compile_constraint(engine.model, request.options)
             except NanorunError as error:
-                constraint = error
+                outcome = error
             except Exception as error:  # nobody else would say so, and the request would wait
-                constraint = EngineError(f"the grammar could not be compiled: {error!r}")
-            self._inbox.put({**frame, "constraint": constraint})
+                outcome = EngineError(f"the grammar could not be compiled: {error!r}")
+            self._inbox.put(Compiled(request, outcome))
 
-        self._compiling.add(frame["id"])
+        self._compiling.add(request.id)
         self._compiler.submit(compile_it)
 
-    def _score(self, engine: Engine, frame: Frame) -> None:
+    def _take_compiled(self, engine: Engine, compiled: Compiled) -> None:
+        if compiled.id not in self._compiling:  # cancelled meanwhile
+            self._send(Said(compiled.id, Finished("cancelled")))
+            return
+        self._compiling.discard(compiled.id)
+        if isinstance(compiled.outcome, NanorunError):
+            raise compiled.outcome
+        self._generate(engine, compiled.request, compiled.outcome)
+
+    def _score(self, engine: Engine, request: Score) -> None:
         def progress(n_done: int, n_total: int) -> None:
-            self._send(frame["id"], {"kind": "progress", "n_done": n_done, "n_total": n_total})
+            self._send(Progress(request.id, (n_done, n_total)))
 
-        result = score_text(engine.model, engine.options, frame["text"], frame["n_ctx"], progress)
-        self._send(frame["id"], {"kind": "result", "value": asdict(result)})
+        result = score_text(engine.model, engine.options, request.text, request.n_ctx, progress)
+        self._send(Scored(request.id, result.n_tokens, result.ppl))
 
-    def _send(self, request_id: str, payload: Frame) -> None:
-        frame = wire.pack({"id": request_id, **payload})
+    def _send(self, answer: Answer) -> None:
+        frame = ANSWERS.encode(answer)
         with self._sink_lock:
             self._outbox += frame
             if not self._gathering:

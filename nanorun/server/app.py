@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from nanorun import __version__
 from nanorun.model.chat import ModelInfo
-from nanorun.runtime.client import Client
+from nanorun.runtime.protocol import Client
 from nanorun.server.chat import ChatEndpoint
 from nanorun.server.errors import ApiError, install_handlers
 from nanorun.server.gate import Gate

@@ -20,7 +20,7 @@ from nanorun.model.chat import (
     PrefillProgress,
     TokenLogprobs,
 )
-from nanorun.runtime.client import Client, Generation
+from nanorun.runtime.protocol import Client, Generation
 from nanorun.server import sse
 from nanorun.server.admission import Admission
 from nanorun.server.errors import ApiError, to_api_error

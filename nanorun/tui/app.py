@@ -17,7 +17,7 @@ from nanorun.tui.commands import COMMANDS
 from nanorun.tui.screens.chat import ChatScreen
 
 if TYPE_CHECKING:
-    from nanorun.runtime.client import Client
+    from nanorun.runtime.protocol import Client
 
 THEME = Theme(
     name="nanorun",

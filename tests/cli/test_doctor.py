@@ -16,7 +16,7 @@ from tests.plan.profiles import profile
 def detected(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
     devices = [{"name": "CPU", "description": "a processor"}]
     monkeypatch.setattr("nanorun.plan.machine.hardware.detect_hardware", lambda: machine)
-    monkeypatch.setattr("nanorun.plan.probe.engine_devices", lambda: devices)
+    monkeypatch.setattr("nanorun.runtime.measure.probe.engine_devices", lambda: devices)
     monkeypatch.setattr("nanorun.cli.benchmarks.with_measured_speeds", lambda found: found)
 
 
@@ -70,7 +70,7 @@ def test_engine_that_cannot_be_loaded_is_a_problem(
         raise EngineDied("the engine ended with signal 4")
 
     detected(monkeypatch, replace(profile("cpu-24g"), disk_free_bytes=2**30))
-    monkeypatch.setattr("nanorun.plan.probe.engine_devices", dead)
+    monkeypatch.setattr("nanorun.runtime.measure.probe.engine_devices", dead)
     assert invoke(["doctor", "--json"]) == 1
     problems = [p["problem"] for p in json.loads(capsys.readouterr().out)["problems"]]
     assert problems[0] == "the engine cannot be loaded: the engine ended with signal 4"

@@ -18,8 +18,9 @@ import httpx
 import pytest
 
 from nanorun.model.engine_options import EngineOptions
-from nanorun.runtime.client import Client, EngineClient
-from nanorun.runtime.remote import RemoteEngine
+from nanorun.runtime.client import EngineClient
+from nanorun.runtime.protocol import Client
+from nanorun.runtime.remote import RemoteClient
 
 N_CTX = 4096
 PEER = """
@@ -135,7 +136,7 @@ async def subject(served: tuple[str, Any], pico_gguf: Path) -> AsyncIterator[Sub
     if server is None:
         client = EngineClient(pico_gguf, EngineOptions(n_ctx=N_CTX, n_threads=1))
     else:
-        client = RemoteEngine(server.url)
+        client = RemoteClient(server.url)
     try:
         yield Subject(kind, client, server)
     finally:

@@ -21,7 +21,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
 )
 from nanorun.model.think import MAX, OFF, Think, grace_tokens
-from nanorun.runtime.client import Client, Generation
+from nanorun.runtime.protocol import Client, Generation
 from tests.contract.conftest import Subject
 
 THINK_END = 13

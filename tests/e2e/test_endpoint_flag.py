@@ -12,7 +12,7 @@ import pytest
 
 from nanorun.model.chat import GenerateOptions, Message, ThinkingDelta
 from nanorun.model.think import Think
-from nanorun.runtime.remote import RemoteEngine
+from nanorun.runtime.remote import RemoteClient
 from tests.e2e.conftest import Live
 from tests.support.fakes import reply
 
@@ -80,7 +80,7 @@ def test_chat_takes_an_endpoint_and_no_context() -> None:
 
 async def test_control_reaches_the_reply_that_streams(live: Start) -> None:
     endpoint = live(reply("4", thinking="hm " * 200, delay_s=0.02))
-    client = RemoteEngine(endpoint.url)
+    client = RemoteClient(endpoint.url)
     generation = client.generate([Message("user", "2+2?")], GenerateOptions(keep_thinking=True))
     while not isinstance(await anext(generation), ThinkingDelta):
         pass

@@ -15,7 +15,7 @@ from nanorun.model.footprint import kv_bytes, mtp_kv_bytes, output_bytes, state_
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import expected_tensors
 from nanorun.plan.graph.compute_graph import compute_bytes, mtp_compute_bytes
-from nanorun.plan.probe import probe_contexts
+from nanorun.runtime.measure.probe import probe_contexts
 from nanorun_converters.family.config import arch_from_config
 from nanorun_converters.opened.shape_file import write_shape
 from nanorun_converters.source.open import open_source

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from nanorun.model.measurement import Measurement
 from nanorun.plan.memory_plan import plan_model
 from nanorun.plan.plan import Plan, Wish
-from nanorun.plan.probe import Measurement
 from nanorun.plan.shape import shape_of_recipe
 from nanorun.plan.verification import Verification, render_verification, verification_keys
 from tests.model.known_archs import NANO

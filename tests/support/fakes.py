@@ -173,7 +173,7 @@ class FakeGeneration:
 
 @dataclass
 class FakeClient:
-    """The `Client` of nanorun.runtime.client; plays one script a request, the last one repeats."""
+    """A `Client` that plays one script a request; the last one repeats."""
 
     scripts: list[list[Step]] = field(default_factory=lambda: [reply("hello")])
     model_info: ModelInfo = MODEL_INFO

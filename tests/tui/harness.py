@@ -12,7 +12,7 @@ from textual.pilot import Pilot
 from textual.worker import WorkerCancelled
 
 from nanorun.model.chat import GenerateOptions, ModelInfo
-from nanorun.runtime.client import Client
+from nanorun.runtime.protocol import Client
 from nanorun.tui.app import NanorunApp
 from nanorun.tui.screens.chat import ChatScreen
 from nanorun.tui.widgets.turn import Turn

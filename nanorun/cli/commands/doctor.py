@@ -76,7 +76,7 @@ def reinstall_command() -> str:
 
 
 def _engine() -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    from nanorun.plan.probe import engine_devices
+    from nanorun.runtime.measure.probe import engine_devices
 
     try:
         return engine_devices(), []

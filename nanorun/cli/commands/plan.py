@@ -208,8 +208,8 @@ def _calibrated(plan: Plan, *, measure: bool) -> Plan:
 
 
 def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
-    from nanorun.plan.probe import probe_plan
     from nanorun.plan.verification import Probe, probe_keys, render_probe
+    from nanorun.runtime.measure.probe import probe_plan
     from nanorun_converters.opened.shape_file import write_shape
 
     with tempfile.TemporaryDirectory(prefix="nanorun-") as folder:
@@ -223,8 +223,8 @@ def _probe(plan: Plan) -> tuple[dict[str, Any], str]:
 
 
 def _verify(plan: Plan) -> tuple[dict[str, Any], str]:
-    from nanorun.plan.probe import measure, probe_plan
     from nanorun.plan.verification import Verification, render_verification, verification_keys
+    from nanorun.runtime.measure.probe import measure, probe_plan
 
     path = plan.shape.path
     if path is None:

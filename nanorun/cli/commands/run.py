@@ -24,7 +24,7 @@ from nanorun.model.think import Think
 
 if TYPE_CHECKING:
     from nanorun.model.chat import GenerateOptions, Grammar, Message
-    from nanorun.runtime.client import Client
+    from nanorun.runtime.protocol import Client
 
 
 def command(

@@ -1,32 +1,24 @@
-"""Asks the engine itself what a context would take: `python -m nanorun.runtime.measure.probe`.
+"""Asks the engine itself what a context would take, and measures what it took.
 
-Runs in a process of its own, because the engine aborts on what it does not like, and its log, where
-the answer stands, is global. One JSON request on stdin, one JSON answer on stdout:
-
-    {"verb": "probe", "path", "contexts"}              reckons without loading weights
-    {"verb": "measure", "path", "contexts", "n_fill"}  loads and decodes for real
-    {"verb": "devices"}                                lists what the engine can use
-
-A context is `{"options": fields of EngineOptions, "head": whether it is the MTP head's}`. The first
-one's options place the layers.
+Each question is a job in a process of its own, because the engine aborts on what it does not like,
+and its log, where the answer stands, is global.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import re
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nanorun.errors import EngineError, NanorunError, UsageError
+from nanorun.errors import EngineError
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.measurement import PROBED, Measurement
 from nanorun.runtime.llama.binding import engine_log, load_llama
 from nanorun.runtime.llama.params import context_params, model_params
 from nanorun.runtime.measure.process_memory import (
@@ -35,7 +27,10 @@ from nanorun.runtime.measure.process_memory import (
     proportional_bytes,
     resident_bytes,
 )
+from nanorun.runtime.process.job import Report, run_job
 
+_TIMEOUT_S = 180.0
+_MEASURE_TIMEOUT_S = 3600.0
 _MIB = 2**20
 _LOAD_NONE = 0
 _N_DECODED = 16
@@ -45,15 +40,15 @@ _N_LOG_LINES = 20_000
 _BUFFERS = {
     "kv": re.compile(r"llama_kv_cache: size = +([\d.]+) MiB"),
     "state": re.compile(r"llama_memory_recurrent: size = +([\d.]+) MiB"),
+    "compute": re.compile(r"\S+ compute buffer size = +([\d.]+) MiB"),
     "output": re.compile(r"output buffer size = +([\d.]+) MiB"),
 }
-_COMPUTE = re.compile(r"(\S+) compute buffer size = +([\d.]+) MiB")
 _WEIGHTS = re.compile(r"(\S+) model buffer size = +([\d.]+) MiB")
 # By device, and only of what is really allocated.
 _ALLOCATED = {
     "kv": re.compile(r"(\S+) KV buffer size = +([\d.]+) MiB"),
     "state": re.compile(r"(\S+) RS buffer size = +([\d.]+) MiB"),
-    "compute": _COMPUTE,
+    "compute": re.compile(r"(\S+) compute buffer size = +([\d.]+) MiB"),
     "output": re.compile(r"(\S+) +output buffer size = +([\d.]+) MiB"),
 }
 
@@ -67,61 +62,106 @@ class ProbedContext:
     """Whether it is the context of the model's MTP head."""
 
 
-def main() -> int:
-    """Answer one request."""
-    # The report of one context alone is longer than what is kept otherwise.
-    engine_log.lines = deque(maxlen=_N_LOG_LINES)
-    try:
-        answer = _answer(json.load(sys.stdin))
-    except NanorunError as error:
-        answer = {"error": error.message, "facts": list(error.facts)}
-    sys.stdout.write(json.dumps(answer))
-    return 0
+def probe_contexts(
+    path: Path, contexts: Sequence[EngineOptions], *, head: bool = False
+) -> list[dict[str, int]]:
+    """What the engine says each context would take, on all devices, without loading weights.
 
+    Args:
+        path: The model, or a file with no more than its header.
+        contexts: At least one; all place the layers as the first does.
+        head: Ask about the contexts of the model's MTP head instead of the main ones.
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    verb = request.get("verb")
-    if verb == "devices":
-        return {"devices": devices()}
-    if verb == "probe":
-        return {"contexts": probe(Path(request["path"]), _contexts(request))}
-    if verb == "measure":
-        return measure(Path(request["path"]), _contexts(request), request["n_fill"])
-    raise UsageError(f"there is no verb {verb!r}")
-
-
-def _contexts(request: dict[str, Any]) -> list[ProbedContext]:
-    return [ProbedContext(EngineOptions(**c["options"]), c["head"]) for c in request["contexts"]]
-
-
-def probe(path: Path, contexts: Sequence[ProbedContext]) -> list[dict[str, Any]]:
-    """What each context would take, by the engine's own reckoning; no weight is read.
+    Returns:
+        Bytes of each of `PROBED`, for each context.
 
     Raises:
-        EngineError: If the engine refuses the file or a context.
+        EngineError: If the engine refuses, or dies.
     """
+    return _probe(path, [ProbedContext(options, head) for options in contexts])
+
+
+def probe_plan(path: Path, options: EngineOptions) -> dict[str, int]:
+    """Bytes of each of `PROBED` for a model as it is run: its context and that of its MTP head."""
+    contexts = _probe(path, _contexts(options))
+    return {part: sum(context[part] for context in contexts) for part in PROBED}
+
+
+def measure(path: Path, options: EngineOptions, n_fill: int) -> Measurement:
+    """Load a model for real, fill `n_fill` tokens of its context, and decode a little.
+
+    Raises:
+        EngineError: If the engine cannot.
+        EngineOutOfMemory: If memory ran out.
+    """
+    arguments = {**_arguments(path, _contexts(options)), "n_fill": n_fill}
+    return Measurement(**run_job(_measure_job, arguments, timeout_s=_MEASURE_TIMEOUT_S))
+
+
+def engine_devices() -> list[dict[str, Any]]:
+    """The devices that this build of the engine can use, with the memory it sees.
+
+    Raises:
+        EngineError: If it cannot be loaded.
+    """
+    devices: list[dict[str, Any]] = run_job(_devices_job, {}, timeout_s=_TIMEOUT_S)
+    return devices
+
+
+def _probe(path: Path, contexts: Sequence[ProbedContext]) -> list[dict[str, int]]:
+    found: list[dict[str, int]] = run_job(
+        _probe_job, _arguments(path, contexts), timeout_s=_TIMEOUT_S
+    )
+    return found
+
+
+def _contexts(options: EngineOptions) -> list[ProbedContext]:
+    """The contexts of a model as it is run."""
+    heads = (False, True) if options.with_mtp else (False,)
+    return [ProbedContext(options, head) for head in heads]
+
+
+def _arguments(path: Path, contexts: Sequence[ProbedContext]) -> dict[str, Any]:
+    return {"path": str(path), "contexts": [asdict(context) for context in contexts]}
+
+
+# -- in the child -------------------------------------------------------------------------------
+
+
+def _taken(arguments: dict[str, Any]) -> tuple[Path, list[ProbedContext]]:
+    """What `_arguments` packed; the engine's log is kept long enough for its report."""
+    engine_log.lines = deque(maxlen=_N_LOG_LINES)
+    contexts = [
+        ProbedContext(EngineOptions(**context["options"]), context["head"])
+        for context in arguments["contexts"]
+    ]
+    return Path(arguments["path"]), contexts
+
+
+def _probe_job(arguments: dict[str, Any], _progress: Report) -> list[dict[str, int]]:
+    path, contexts = _taken(arguments)
     with _model(path, contexts[0].options, for_real=False) as model:
         return [_probe_context(model, context) for context in contexts]
 
 
-def _probe_context(model: Any, context: ProbedContext) -> dict[str, Any]:
+def _probe_context(model: Any, context: ProbedContext) -> dict[str, int]:
+    """Bytes of each of `PROBED`, from the log of the context that was opened last."""
     with _opened(model, context):
-        return _reported()
+        text = "\n".join(line for _, line in engine_log.lines)
+    return {
+        part: sum(round(float(mib) * _MIB) for mib in pattern.findall(text))
+        for part, pattern in _BUFFERS.items()
+    }
 
 
-def measure(path: Path, contexts: Sequence[ProbedContext], n_fill: int) -> dict[str, Any]:
-    """Load for real, fill a stretch of the first context, decode a little: memory and speed.
-
-    Bytes of weights and of the context are by the engine's name of the buffer they lie in.
-
-    Raises:
-        EngineError: If the engine cannot.
-    """
+def _measure_job(arguments: dict[str, Any], _progress: Report) -> dict[str, Any]:
+    """The fields of a `Measurement`; the first context is the one that is filled."""
+    path, contexts = _taken(arguments)
+    options, n_fill = contexts[0].options, arguments["n_fill"]
     llama = load_llama()
     base, gpus = resident_bytes(), GpuMemory()
     with peak_resident() as peak:
         started = time.perf_counter()
-        options = contexts[0].options
         with _model(path, options, for_real=True) as model, ExitStack() as stack:
             weights = _sums(_WEIGHTS)
             load_s = time.perf_counter() - started
@@ -149,8 +189,7 @@ def measure(path: Path, contexts: Sequence[ProbedContext], n_fill: int) -> dict[
     }
 
 
-def devices() -> list[dict[str, Any]]:
-    """The devices that this build of the engine can use, with the memory it sees."""
+def _devices_job(_arguments: dict[str, Any], _progress: Report) -> list[dict[str, Any]]:
     llama = load_llama()
     ggml = _ggml(llama)
     found = []
@@ -220,16 +259,6 @@ def _opened(model: Any, context: ProbedContext) -> Iterator[Any]:
         llama.llama_free(handle)
 
 
-def _reported() -> dict[str, Any]:
-    """Bytes of each kind of buffer, from the log of the context that was opened last."""
-    text = "\n".join(line for _, line in engine_log.lines)
-    report: dict[str, Any] = {}
-    for part, pattern in _BUFFERS.items():
-        report[part] = sum(round(float(mib) * _MIB) for mib in pattern.findall(text))
-    report["compute"] = _sums(_COMPUTE)
-    return report
-
-
 def _sums(pattern: re.Pattern[str]) -> dict[str, int]:
     sums: dict[str, int] = {}
     for _, line in engine_log.lines:
@@ -278,7 +307,3 @@ def _evaluate(llama: Any, context: Any, tokens: list[int], pos: int) -> None:
 def _n_vocab(llama: Any, context: Any) -> int:
     model = llama.llama_get_model(context)
     return int(llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(model)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

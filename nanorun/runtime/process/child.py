@@ -8,20 +8,24 @@ import os
 import sys
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from nanorun.errors import (
-    EngineDied,
-    EngineError,
-    EngineOutOfMemory,
-    NanorunError,
-    process_ending,
-)
+from nanorun.errors import EngineDied, EngineError, EngineOutOfMemory, process_ending
 from nanorun.model.chat import ModelInfo
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.process import wire
+from nanorun.runtime.process.frames import (
+    ANSWERS,
+    REQUESTS,
+    Answer,
+    Close,
+    Failed,
+    Open,
+    Ping,
+    Pong,
+    Ready,
+    Request,
+)
 from nanorun.runtime.process.oom import count_oom_kills, died_of_memory
 
 _N_STDERR_LINES = 40
@@ -41,7 +45,7 @@ class Child:
     def __init__(self) -> None:
         self.info: ModelInfo | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._inboxes: dict[str, asyncio.Queue[Any]] = {}
+        self._inboxes: dict[str, asyncio.Queue[Answer]] = {}
         self._stderr: deque[str] = deque(maxlen=_N_STDERR_LINES)
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
@@ -92,12 +96,12 @@ class Child:
             asyncio.create_task(self._watch()),
         ]
         with self.inbox("open") as inbox:
-            frame = {"id": "open", "path": str(model), "options": asdict(options)}
-            await self.send(frame)
+            await self.send(Open("open", str(model), options))
             answer = await inbox.get()
-        if isinstance(answer, NanorunError):
-            raise answer
-        self.info = ModelInfo(**answer["info"])
+        if isinstance(answer, Failed):
+            raise answer.error
+        assert isinstance(answer, Ready)
+        self.info = answer.info
 
     async def stop(self) -> None:
         """Ask it to close, then make it; one that has not opened its model has nothing to keep."""
@@ -108,7 +112,7 @@ class Child:
             try:
                 async with asyncio.timeout(timeout_s):
                     with contextlib.suppress(EngineDied):
-                        await self.send({"id": "close", "verb": "close"})
+                        await self.send(Close("close"))
                     await process.wait()
             except TimeoutError:
                 with contextlib.suppress(ProcessLookupError):
@@ -120,26 +124,31 @@ class Child:
             process.stdin.close()
 
     @contextlib.contextmanager
-    def inbox(self, request_id: str) -> Iterator[asyncio.Queue[Any]]:
-        """A queue of the answers to one request, for the time of a `with` block."""
+    def inbox(self, request_id: str) -> Iterator[asyncio.Queue[Answer]]:
+        """A queue of the answers to one request, for the time of a `with` block.
+
+        Raises:
+            EngineDied: If the process is gone; if it goes later, the last answer is that failure.
+        """
         if self.death is not None:
             raise self.death
-        queue: asyncio.Queue[Any] = asyncio.Queue()
+        queue: asyncio.Queue[Answer] = asyncio.Queue()
         self._inboxes[request_id] = queue
         try:
             yield queue
         finally:
             del self._inboxes[request_id]
 
-    async def send(self, frame: dict[str, Any]) -> None:
-        """Write a frame.
+    async def send(self, request: Request) -> None:
+        """Write a request.
 
         Raises:
             EngineDied: If the process is gone.
+            EngineError: If the request is larger than a frame may be.
         """
         assert self._process is not None and self._process.stdin is not None
         try:
-            self._process.stdin.write(wire.pack(frame))
+            self._process.stdin.write(REQUESTS.encode(request))
             await self._process.stdin.drain()
         except (ConnectionError, RuntimeError) as error:
             await asyncio.wait({self._tasks[0]})  # it learns how the process ended
@@ -152,17 +161,15 @@ class Child:
         try:
             while True:
                 header = await stream.readexactly(wire.HEADER_BYTES)
-                frame = wire.unpack(await stream.readexactly(wire.frame_bytes(header)))
+                answer = ANSWERS.decode(await stream.readexactly(wire.frame_bytes(header)))
                 self._n_heard += 1
-                if frame["kind"] == "pong":
-                    self._check_progress(frame["n_steps"])
-                inbox = self._inboxes.get(frame["id"])
-                if inbox is not None:
-                    is_error = frame["kind"] == "error"
-                    inbox.put_nowait(wire.error_from_json(frame) if is_error else frame)
+                if isinstance(answer, Pong):
+                    self._check_progress(answer.n_steps)
+                elif (inbox := self._inboxes.get(answer.id)) is not None:
+                    inbox.put_nowait(answer)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
-        except (EngineError, ValueError):
+        except EngineError:
             self._kill("wrote what is not a frame")
         await self._mourn()
 
@@ -173,7 +180,7 @@ class Child:
         that was suspended together with its processes, was silent without fault.
         """
         assert self._process is not None and self._process.stdin is not None
-        ping = wire.pack({"id": "ping", "verb": "ping"})
+        ping = REQUESTS.encode(Ping("ping"))
         silence_s = 0.0
         while self.death is None:
             n_heard = self._n_heard
@@ -204,8 +211,8 @@ class Child:
         with contextlib.suppress(asyncio.CancelledError):
             await self._tasks[1]  # its last words
         self.death = self._cause_of_death(code)
-        for inbox in self._inboxes.values():
-            inbox.put_nowait(self.death)
+        for request_id, inbox in self._inboxes.items():
+            inbox.put_nowait(Failed(request_id, self.death))
 
     def _cause_of_death(self, code: int) -> EngineDied:
         last_words = list(self._stderr)[-6:]

@@ -4,9 +4,8 @@ A ggml abort, a kill or a corrupt file ends the child and nothing else: the call
 with what the child said last. A caller that is interrupted lets the job finish its step first, so
 that it can keep what it has; a caller that dies takes the child with it.
 
-The child is `python -m nanorun.runtime.process.job`. One frame goes in on stdin (`job`,
-`arguments`); frames of kind `progress`, `result` or `error` come out on stdout, in the form of
-`runtime/process/wire.py`.
+The child is `python -m nanorun.runtime.process.job`. One `Call` goes in on stdin; `Progress` and at
+last `Result` or `Failed` come out on stdout (`frames.py`).
 """
 
 from __future__ import annotations
@@ -18,25 +17,40 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from nanorun.errors import EngineDied, EngineOutOfMemory, NanorunError, process_ending
 from nanorun.runtime.process import wire
 from nanorun.runtime.process.child_main import run_as_child
+from nanorun.runtime.process.frames import (
+    CALLS,
+    JOB_ANSWERS,
+    Call,
+    Failed,
+    JobAnswer,
+    Progress,
+    Result,
+)
 from nanorun.runtime.process.oom import count_oom_kills, died_of_memory
 
-Progress = Callable[..., None]
-Job = Callable[[dict[str, Any], Progress], Any]
+Report = Callable[..., None]
+Job = Callable[[dict[str, Any], Report], Any]
 """A function at the top of a module: JSON in, progress on the way (JSON values), JSON out."""
 
+_ID = "job"
 _N_STDERR_LINES = 6
 # How long a child goes on that has lost its parent where the kernel does not end it.
 _ORPHAN_S = 60.0
 
 
 def run_job(
-    job: Job, arguments: dict[str, Any], progress: Progress | None = None, *, stop_s: float = 0.0
+    job: Job,
+    arguments: dict[str, Any],
+    progress: Report | None = None,
+    *,
+    stop_s: float = 0.0,
+    timeout_s: float | None = None,
 ) -> Any:
     """Call `job(arguments, progress)` in a child process.
 
@@ -45,24 +59,28 @@ def run_job(
         arguments: What it is called with, as JSON can hold it.
         progress: Called with what the job reports.
         stop_s: How long an interrupted job may take to end by itself, before it is killed.
+        timeout_s: How long the job may take; None for as long as it takes.
 
     Raises:
-        EngineDied: If the child ended without a result.
+        EngineDied: If the child ended without a result, or took too long.
         NanorunError: What the job raised.
     """
     oom_kills = count_oom_kills()
-    with subprocess.Popen(
-        [sys.executable, "-m", "nanorun.runtime.process.job"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # ggml would start a debugger to print a backtrace of an abort.
-        env={**os.environ, "GGML_NO_BACKTRACE": "1"},
-    ) as process:  # fmt: skip
+    with (
+        subprocess.Popen(
+            [sys.executable, "-m", "nanorun.runtime.process.job"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # ggml would start a debugger to print a backtrace of an abort.
+            env={**os.environ, "GGML_NO_BACKTRACE": "1"},
+        ) as process,
+        _killed_after(process, timeout_s) as expired,
+    ):  # fmt: skip
         assert process.stdin and process.stdout and process.stderr
         last_lines = _Tail(process.stderr)
-        request = {"job": f"{job.__module__}:{job.__qualname__}", "arguments": arguments}
         try:
             with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(wire.pack(request))
+                call = Call(f"{job.__module__}:{job.__qualname__}", arguments)
+                process.stdin.write(CALLS.encode(call))
                 process.stdin.flush()
             answer = _answer(process.stdout, progress)
         except BaseException:
@@ -71,24 +89,47 @@ def run_job(
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
         code = process.wait()
-    if answer is None:
-        facts = last_lines.wait()
-        ending = f"the engine's process {process_ending(code)}"
-        if died_of_memory(code, oom_kills, facts):
-            raise EngineOutOfMemory(f"{ending} because memory ran out", facts=facts)
-        raise EngineDied(ending, facts=facts)
-    if answer["kind"] == "error":
-        raise wire.error_from_json(answer)
-    return answer["value"]
+    if isinstance(answer, Failed):
+        raise answer.error
+    if answer is not None:
+        return answer.value
+    facts = last_lines.wait()
+    if expired.is_set():
+        raise EngineDied(f"the engine gave no answer in {timeout_s:g} s", facts=facts)
+    ending = f"the engine's process {process_ending(code)}"
+    if died_of_memory(code, oom_kills, facts):
+        raise EngineOutOfMemory(f"{ending} because memory ran out", facts=facts)
+    raise EngineDied(ending, facts=facts)
 
 
-def _answer(stream: Any, progress: Progress | None) -> dict[str, Any] | None:
+@contextlib.contextmanager
+def _killed_after(
+    process: subprocess.Popen[bytes], timeout_s: float | None
+) -> Iterator[threading.Event]:
+    """Kill a process that still runs after a while; the event tells that this was done."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        process.kill()
+
+    timer = threading.Timer(timeout_s or 0.0, expire)
+    if timeout_s is not None:
+        timer.start()
+    try:
+        yield expired
+    finally:
+        timer.cancel()
+
+
+def _answer(stream: Any, progress: Report | None) -> Result | Failed | None:
     """The result or the error; None if the child ends without either."""
-    while (frame := wire.read(stream)) is not None:
-        if frame["kind"] != "progress":
-            return frame
+    while (body := wire.read(stream)) is not None:
+        answer = JOB_ANSWERS.decode(body)
+        if not isinstance(answer, Progress):
+            return answer
         if progress is not None:
-            progress(*frame["values"])
+            progress(*answer.values)
     return None
 
 
@@ -136,7 +177,7 @@ class _StoppedError(BaseException):
 
 
 class _Reporter:
-    """Sends frames, and ends the job once nobody wants its result."""
+    """Sends answers, and ends the job once nobody wants its result."""
 
     def __init__(self, sink: BinaryIO) -> None:
         self._sink = sink
@@ -146,12 +187,12 @@ class _Reporter:
         """What the job calls."""
         if self.stopping.is_set():
             raise _StoppedError
-        self.send({"kind": "progress", "values": values})
+        self.send(Progress(_ID, values))
 
-    def send(self, frame: dict[str, Any]) -> None:
-        """Write a frame."""
+    def send(self, answer: JobAnswer) -> None:
+        """Write an answer."""
         try:
-            self._sink.write(wire.pack(frame))
+            self._sink.write(JOB_ANSWERS.encode(answer))
             self._sink.flush()
         except BrokenPipeError as error:
             raise _StoppedError from error
@@ -159,27 +200,25 @@ class _Reporter:
 
 def _serve(source: BinaryIO, sink: BinaryIO) -> None:
     reporter = _Reporter(sink)
-    try:
-        request = wire.read(source)
-        if request is None:
-            return
+    body = wire.read(source)
+    if body is None:
+        return
 
-        def listen() -> None:
-            source.read()  # nothing more comes: this waits for the end
-            reporter.stopping.set()
-            threading.Event().wait(_ORPHAN_S)
-            os._exit(0)
+    def listen() -> None:
+        source.read()  # nothing more comes: this waits for the end
+        reporter.stopping.set()
+        threading.Event().wait(_ORPHAN_S)
+        os._exit(0)
 
-        threading.Thread(target=listen, daemon=True).start()
-        module, _, name = request["job"].partition(":")
-        job: Job = getattr(importlib.import_module(module), name)
-        value = job(request["arguments"], reporter.progress)
-        reporter.send({"kind": "result", "value": value})
-    except NanorunError as error:
-        with contextlib.suppress(_StoppedError):
-            reporter.send(wire.error_to_json(error))
-    except _StoppedError:
-        pass
+    threading.Thread(target=listen, daemon=True).start()
+    with contextlib.suppress(_StoppedError):
+        try:
+            call = CALLS.decode(body)
+            module, _, name = call.job.partition(":")
+            job: Job = getattr(importlib.import_module(module), name)
+            reporter.send(Result(_ID, job(call.arguments, reporter.progress)))
+        except NanorunError as error:
+            reporter.send(Failed(_ID, error))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """A model behind an OpenAI-style endpoint, with the same verbs and events as the local engine.
 
 Any will do: vLLM, NIM, llama.cpp's server, another nanorun. What differs between them is in
-`dialect.py` (what they take) and `reply.py` (what they say). No face of nanorun needs to
-know which it talks to.
+`dialect.py` (what they take) and `reply.py` (what they say).
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from nanorun.errors import EngineError, UsageError
 from nanorun.model.chat import GenerateOptions, Message, ModelInfo
-from nanorun.runtime.remote.dialect import OTHER, Dialect, dialect_of
+from nanorun.runtime.remote.dialect import dialect_of
 from nanorun.runtime.remote.generation import RemoteGeneration
 from nanorun.runtime.remote.http import (
     Endpoint,
@@ -22,9 +21,10 @@ from nanorun.runtime.remote.http import (
     key_from_environment,
     parse_address,
 )
+from nanorun.runtime.remote.learned import Learned
 
 
-class RemoteEngine:
+class RemoteClient:
     """A client of one model at an endpoint.
 
     Args:
@@ -40,13 +40,7 @@ class RemoteEngine:
         self, endpoint: str, model: str | None = None, settings: RemoteSettings | None = None
     ) -> None:
         self.address = parse_address(endpoint)
-        self.dialect: Dialect = OTHER
-        self.thinking_field: str | None = None
-        """The field in which the endpoint was seen to send thinking."""
-        self.takes_effort = True
-        """False once it has refused `reasoning_effort`."""
-        self.told_no_usage = False
-        """Whether people were told that it counts no tokens."""
+        self._learned = Learned()
         self._asked_model = model
         self._http = Endpoint(self.address, key_from_environment(), settings or RemoteSettings())
         self._info: ModelInfo | None = None
@@ -69,7 +63,7 @@ class RemoteEngine:
             if self._info is None:
                 began = time.monotonic()
                 model = await self._choose_model()
-                self.dialect = dialect_of(model, self.address.host)
+                self._learned.dialect = dialect_of(model, self.address.host)
                 self._info = self._model_info(model, time.monotonic() - began)
             return self._info
 
@@ -79,11 +73,11 @@ class RemoteEngine:
 
     def generate(self, messages: Sequence[Message], options: GenerateOptions) -> RemoteGeneration:
         """Begin a reply; the endpoint is asked when its first event is."""
-        return RemoteGeneration(self, self._http, tuple(messages), options)
+        return RemoteGeneration(self.start, self._http, self._learned, tuple(messages), options)
 
     async def _choose_model(self) -> Mapping[str, Any]:
         url = f"{self.address.base}/models"
-        listing = await self._http.get_json("models")
+        listing = await self._http.ask("GET", "models")
         data = listing.get("data") if isinstance(listing, Mapping) else None
         if not isinstance(data, list):
             raise EngineError(f"{url} does not list models as an OpenAI-style endpoint does")

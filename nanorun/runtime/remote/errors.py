@@ -8,6 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -17,11 +18,13 @@ from nanorun.errors import ContextFull, EngineDied, EngineError, NanorunError, U
 
 KEY_VARIABLE = "NANORUN_API_KEY"
 _MAX_DETAIL = 400
-# llama.cpp and OpenAI name it in `type` or `code`; vLLM only says it in its message.
-_CONTEXT = re.compile(
-    r"context_length_exceeded|exceed_context_size|maximum context length|max_model_len", re.I
-)
-_MODEL = re.compile(r"\bmodel\b", re.I)
+# What OpenAI and llama.cpp call it in `code` or `type`, vLLM in `param`.
+_CONTEXT_CODES = ("context_length_exceeded", "exceed_context_size_error")
+_CONTEXT_PARAM = "input_tokens"
+# Older vLLM gives neither, and of a model that it does not have not even `param`. These choose the
+# words in which a refusal is told, never what is done about it.
+_CONTEXT_WORDS = re.compile(r"maximum context length|max_model_len", re.I)
+_MODEL_WORDS = re.compile(r"\bmodel\b", re.I)
 BUSY = frozenset({429, 502, 503, 504, 529})
 """Answers that may be another one a moment later."""
 
@@ -39,6 +42,50 @@ class EndpointBusy(EngineError):
         self.wait_s = wait_s
 
 
+class EndpointRefused(UsageError):
+    """The endpoint does not take a request as it is.
+
+    Args:
+        message: What happened.
+        said: What the endpoint said of it.
+    """
+
+    def __init__(self, message: str, said: Said) -> None:
+        super().__init__(message, facts=said.facts)
+        self.param = said.param
+        """The field of the request that it names, if it names one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the body of an error says, in the many places where endpoints say it."""
+
+    message: str
+    code: str = ""
+    type: str = ""
+    param: str | None = None
+    """The field of the request at fault."""
+    status: int | None = None
+    """The HTTP status, where an error inside a stream carries one (llama.cpp, vLLM)."""
+
+    @property
+    def facts(self) -> list[str]:
+        """For people."""
+        return [self.message] if self.message else []
+
+    @property
+    def is_about_context(self) -> bool:
+        """Whether the prompt was too long."""
+        known = self.code in _CONTEXT_CODES or self.type in _CONTEXT_CODES
+        return known or self.param == _CONTEXT_PARAM or bool(_CONTEXT_WORDS.search(self.message))
+
+    @property
+    def is_about_model(self) -> bool:
+        """Whether there is no such model, given that there is no such something."""
+        known = self.code == "model_not_found" or self.param == "model"
+        return known or bool(_MODEL_WORDS.search(self.message))
+
+
 def error_from_body(url: str, status: int | None, body: Any) -> NanorunError:
     """The error of a response's JSON body, or of a chunk of its stream.
 
@@ -47,53 +94,53 @@ def error_from_body(url: str, status: int | None, body: Any) -> NanorunError:
         status: The response's HTTP status; None inside a stream.
         body: The parsed body; anything.
     """
-    detail, code = detail_of(body)
-    text = f"{code} {detail}"
-    kind = status or _status_in(body)
-    if _CONTEXT.search(text):
-        return ContextFull(f"the prompt does not fit the context of {url}", facts=[detail])
-    if code == "engine_died":
-        return EngineDied(f"the engine behind {url} died", facts=[detail])
-    if kind in (401, 403):
-        return _refused_key(url, kind, detail)
-    if kind == 404 and _MODEL.search(text):
-        return UsageError(f"{url} does not have that model", facts=_facts(detail))
-    if kind == 404:
-        return EngineError(f"there is nothing at {url} (404)", facts=_facts(detail))
-    if kind in (400, 413, 422):
-        return UsageError(f"{url} refused the request ({kind})", facts=_facts(detail))
+    said = said_in(body)
+    if said.is_about_context:
+        return ContextFull(f"the prompt does not fit the context of {url}", facts=[said.message])
+    if said.code == "engine_died":
+        return EngineDied(f"the engine behind {url} died", facts=[said.message])
+    match status or said.status:
+        case 401 | 403 as kind:
+            return _refused_key(url, kind, said)
+        case 404 if said.is_about_model:
+            return UsageError(f"{url} does not have that model", facts=said.facts)
+        case 404:
+            return EngineError(f"there is nothing at {url} (404)", facts=said.facts)
+        case 400 | 413 | 422 as kind:
+            return EndpointRefused(f"{url} refused the request ({kind})", said)
     where = "failed in mid-answer" if status is None else f"failed ({status})"
-    return EngineError(f"{url} {where}", facts=_facts(detail))
+    return EngineError(f"{url} {where}", facts=said.facts)
 
 
-def _refused_key(url: str, status: int, detail: str) -> EngineError:
+def _refused_key(url: str, status: int, said: Said) -> EngineError:
     return EngineError(
         f"{url} refused the API key, or asks for one ({status})",
-        facts=[*_facts(detail), f"the key is read from {KEY_VARIABLE}"],
+        facts=[*said.facts, f"the key is read from {KEY_VARIABLE}"],
     )
 
 
-def _facts(detail: str) -> list[str]:
-    return [detail] if detail else []
-
-
-def detail_of(body: Any) -> tuple[str, str]:
-    """What an error body says, in the many places they say it: the message and the code."""
+def said_in(body: Any) -> Said:
+    """What an error body says: OpenAI's form, FastAPI's, plain text, or nothing of use."""
     error = body.get("error", body) if isinstance(body, Mapping) else body
     if not isinstance(error, Mapping):
-        return _short(error if isinstance(error, str) else ""), ""
+        return Said(_short(error) if isinstance(error, str) else "")
     message = error.get("message") or error.get("detail") or error.get("msg") or ""
-    code = error.get("code")
-    names = (code if isinstance(code, str) else "", str(error.get("type") or ""))
-    text = message if isinstance(message, str) else json.dumps(message)
-    return _short(text), " ".join(name for name in names if name)
+    code, param = error.get("code"), error.get("param")
+    return Said(
+        _short(message if isinstance(message, str) else json.dumps(message)),
+        code=code if isinstance(code, str) else "",
+        type=str(error.get("type") or ""),
+        param=param if isinstance(param, str) and param else _fastapi_field(message),
+        status=code if isinstance(code, int) and body is not error else None,
+    )
 
 
-def _status_in(body: Any) -> int | None:
-    """An HTTP status that an error inside a stream carries as its code (llama.cpp, vLLM)."""
-    error = body.get("error") if isinstance(body, Mapping) else None
-    code = error.get("code") if isinstance(error, Mapping) else None
-    return code if isinstance(code, int) else None
+def _fastapi_field(detail: Any) -> str | None:
+    """The field that FastAPI's list of what is wrong names first: `loc` is a path to it."""
+    first = detail[0] if isinstance(detail, list) and detail else None
+    path = first.get("loc") if isinstance(first, Mapping) else None
+    field = path[-1] if isinstance(path, list) and path else None
+    return field if isinstance(field, str) else None
 
 
 def _short(text: str) -> str:
@@ -112,9 +159,10 @@ def error_from_response(url: str, response: httpx.Response, text: str) -> Nanoru
     except (ValueError, RecursionError):
         body = "" if "<html" in text.lower() else text
     if status in BUSY:
-        detail, code = detail_of(body)
-        if "engine_died" not in code or response.headers.get("retry-after"):
-            message = f"{url} takes no request now ({status})" + (f": {detail}" if detail else "")
+        said = said_in(body)
+        if said.code != "engine_died" or response.headers.get("retry-after"):
+            message = f"{url} takes no request now ({status})"
+            message += f": {said.message}" if said.message else ""
             return EndpointBusy(message, retry_after_s(response))
     return error_from_body(url, status, body)
 

@@ -6,7 +6,8 @@ import ipaddress
 import json
 import os
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from nanorun.runtime.remote.errors import (
     error_from_response,
     error_from_transport,
 )
+from nanorun.runtime.remote.sse import DONE, SseData, SseDecoder, SseItem
 
 _MAX_BODY_BYTES = 16 * 2**20
 _ROUTES = ("/chat/completions", "/completions", "/models")
@@ -115,6 +117,95 @@ def key_from_environment() -> str | None:
     return key
 
 
+class Response:
+    """The answer to a request, read while it arrives.
+
+    Args:
+        response: Opened for streaming; its headers have come.
+        timeout_s: Silence after which its connection is given up, for the error.
+    """
+
+    def __init__(self, response: httpx.Response, timeout_s: float) -> None:
+        self.url = str(response.url)
+        kind = response.headers.get("content-type", "")
+        self.is_stream = "json" not in kind and "html" not in kind
+        """Whether it may be a stream of events, and not one whole."""
+        self._bytes = response.aiter_bytes()
+        self._timeout_s = timeout_s
+        self._decoder = SseDecoder()
+        self._items: deque[SseItem] = deque()
+        self._ended = False
+
+    async def item(self) -> SseItem | None:
+        """The next item of a stream of events; None at its end.
+
+        Raises:
+            EngineDied: If the connection breaks.
+            EngineError: If the bytes cannot be decoded, or a line never ends.
+        """
+        while not self._items and not self._ended:
+            piece = await self._read()
+            if piece is None:
+                self._ended = True
+                self._items += filter(_is_whole, self._decoder.finish())
+            else:
+                self._items += self._decoder.feed(piece)
+        return self._items.popleft() if self._items else None
+
+    async def text(self) -> str:
+        """The whole body.
+
+        Raises:
+            EngineDied: If the connection breaks.
+            EngineError: If the body cannot be decoded, or is too long.
+        """
+        data = bytearray()
+        while (piece := await self._read()) is not None:
+            data += piece
+            if len(data) > _MAX_BODY_BYTES:
+                raise EngineError(
+                    f"the answer of {self.url} is longer than {_MAX_BODY_BYTES} bytes"
+                )
+        return data.decode("utf-8", "replace")
+
+    async def json(self) -> Any:
+        """The whole body as JSON.
+
+        Raises:
+            EngineError: If it is none: whatever is at that address is no such endpoint.
+        """
+        text = await self.text()
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            start = " ".join(text[:120].split())
+            raise EngineError(
+                f"{self.url} does not answer as an OpenAI-style endpoint",
+                facts=[f"its answer begins: {start}" if start else "its answer is empty"],
+            ) from error
+
+    async def _read(self) -> bytes | None:
+        try:
+            return await anext(self._bytes, None)
+        except httpx.DecodingError as error:
+            raise EngineError(f"{self.url} sent what cannot be decoded: {error}") from error
+        except httpx.TransportError as error:
+            raise error_from_transport(self.url, error, self._timeout_s) from error
+
+
+def _is_whole(item: SseItem) -> bool:
+    """Whether the last item of a stream, which lacks its blank line, was not cut in two."""
+    if not isinstance(item, SseData):
+        return False
+    if item.text.strip() == DONE:
+        return True
+    try:
+        json.loads(item.text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 class Endpoint:
     """Sends requests to one endpoint and turns what goes wrong into nanorun's errors.
 
@@ -139,110 +230,43 @@ class Endpoint:
         if http is not None:
             await http.aclose()
 
-    async def get_json(self, path: str) -> Any:
-        """The JSON at a path below the base.
+    async def ask(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> Any:
+        """The JSON answer to a request, its path below the base.
 
         Raises:
             NanorunError: If there is none.
         """
-        return await self._json("GET", path, None)
-
-    async def post_json(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON answer to a JSON body.
-
-        Raises:
-            NanorunError: If there is none.
-        """
-        return await self._json("POST", path, body)
-
-    async def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
-        url = self._url(path)
-        async with self._response(method, url, body) as response:
-            return self.parse_body(url, await self._read(url, response))
+        async with self.request(method, path, body) as response:
+            return await response.json()
 
     @asynccontextmanager
-    async def stream(self, path: str, body: Mapping[str, Any]) -> AsyncIterator[httpx.Response]:
-        """A response whose body is read by `pieces`, while it arrives.
+    async def request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None
+    ) -> AsyncIterator[Response]:
+        """The response to a request, open for a `with` block.
 
         Raises:
             EndpointBusy: If the endpoint asks to come back later.
-            NanorunError: If it refuses or cannot be reached.
+            EndpointRefused: If it refuses what was asked.
+            NanorunError: If it cannot be reached, or fails.
         """
-        async with self._response("POST", self._url(path), body) as response:
-            yield response
-
-    async def pieces(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
-        """The bytes of a response as they come.
-
-        Raises:
-            EngineDied: If the connection breaks.
-        """
-        try:
-            async for piece in response.aiter_bytes():
-                yield piece
-        except httpx.DecodingError as error:
-            raise EngineError(f"{response.url} sent what cannot be decoded: {error}") from error
-        except httpx.TransportError as error:
-            raise self._broken(str(response.url), error) from error
-
-    async def whole(self, response: httpx.Response) -> Any:
-        """The JSON body of a response to a request for a stream.
-
-        Raises:
-            EngineError: If it is no JSON.
-        """
-        url = str(response.url)
-        return self.parse_body(url, await self._read(url, response))
-
-    def parse_body(self, url: str, text: str) -> Any:
-        """A body as JSON.
-
-        Raises:
-            EngineError: If it is none: whatever is at that address is no such endpoint.
-        """
-        try:
-            return json.loads(text)
-        except (ValueError, RecursionError) as error:
-            start = " ".join(text[:120].split())
-            raise EngineError(
-                f"{url} does not answer as an OpenAI-style endpoint",
-                facts=[f"its answer begins: {start}" if start else "its answer is empty"],
-            ) from error
-
-    @asynccontextmanager
-    async def _response(
-        self, method: str, url: str, body: Mapping[str, Any] | None
-    ) -> AsyncIterator[httpx.Response]:
+        url, timeout_s = f"{self.address.base}/{path}", self.settings.read_timeout_s
         request = self._client().build_request(method, url, json=body)
         try:
             response = await self._client().send(request, stream=True)
         except httpx.TransportError as error:
-            raise self._broken(url, error) from error
+            raise error_from_transport(url, error, timeout_s) from error
         try:
+            opened = Response(response, timeout_s)
             if not response.is_success:
-                text = self._without_key(await self._read(url, response))
-                raise error_from_response(url, response, text)
-            yield response
+                raise error_from_response(url, response, self._without_key(await opened.text()))
+            yield opened
         finally:
             await response.aclose()
-
-    async def _read(self, url: str, response: httpx.Response) -> str:
-        data = bytearray()
-        async for piece in self.pieces(response):
-            data += piece
-            if len(data) > _MAX_BODY_BYTES:
-                raise EngineError(f"the answer of {url} is longer than {_MAX_BODY_BYTES} bytes")
-        return data.decode("utf-8", "replace")
-
-    def _broken(self, url: str, error: httpx.TransportError) -> Exception:
-        return error_from_transport(url, error, self.settings.read_timeout_s)
 
     def _without_key(self, text: str) -> str:
         """Some endpoints repeat the key they refuse."""
         return text.replace(self._key, "***") if self._key else text
-
-    def _url(self, path: str) -> str:
-        return f"{self.address.base}/{path}"
 
     def _client(self) -> httpx.AsyncClient:
         if self._http is None:

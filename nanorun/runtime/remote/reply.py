@@ -30,7 +30,7 @@ from nanorun.model.chat import (
 )
 from nanorun.runtime.remote.dialect import Dialect
 from nanorun.runtime.remote.errors import error_from_body
-from nanorun.runtime.remote.sse import SseComment, SseItem
+from nanorun.runtime.remote.sse import DONE, SseComment, SseItem
 from nanorun.runtime.remote.usage import (
     logprob_events,
     progress_events,
@@ -39,10 +39,11 @@ from nanorun.runtime.remote.usage import (
     sum_usage,
 )
 
-DONE = "[DONE]"
 THINKING_FIELDS = ("reasoning_content", "reasoning")
 """Where endpoints put thinking; some fill both with the same text."""
 
+_THINKING_PARTS = ("thinking", "reasoning")
+"""Types of the parts of a content that are thinking (Mistral's are `thinking`)."""
 _PROGRESS = re.compile(r"prompt (\d+) of (\d+) tokens")
 _REASONS: dict[str, FinishReason] = {
     "stop": "stop",
@@ -89,6 +90,8 @@ class RemoteReply:
         """The latest piece of thinking, with its line breaks."""
         self.has_begun = False
         """Whether anything that was generated has come."""
+        self.is_cut = False
+        """Whether it was ended from here, to be continued after its thinking."""
         self._dialect = dialect
         self._url = url
         self._continues = continues
@@ -156,6 +159,17 @@ class RemoteReply:
                 events += self._take_choice(choice)
         return events
 
+    def take_whole(self, body: Any) -> list[Event]:
+        """The events of a completion that came in one piece, though a stream was asked for.
+
+        Raises:
+            NanorunError: If it is an error, or no completion.
+        """
+        if not isinstance(body, dict) or not (body.get("choices") or body.get("error")):
+            raise EngineError(f"{self._url} does not answer as an OpenAI-style endpoint")
+        self.is_complete = True
+        return self.take_chunk(body)
+
     def _take_comment(self, text: str) -> list[Event]:
         """What nanorun's endpoint tells beside the chunks: progress and notices."""
         if match := _PROGRESS.fullmatch(text):
@@ -166,19 +180,20 @@ class RemoteReply:
 
     def _take_choice(self, choice: Mapping[str, Any]) -> list[Event]:
         delta = choice.get("delta", choice.get("message"))
+        if not isinstance(delta, Mapping):
+            delta = {"content": choice.get("text")}  # of the older completions
         events: list[Event] = []
-        if isinstance(delta, Mapping):
-            if self._wants_logprobs:
-                is_thinking = any(delta.get(name) for name in THINKING_FIELDS)
-                events += logprob_events(choice.get("logprobs"), in_thinking=is_thinking)
-            events += self._take_thinking(delta)
-            content = delta.get("content")
-            if isinstance(content, str) and content:
-                events += self._take_content(content)
-            calls = delta.get("tool_calls")
-            for call in calls if isinstance(calls, list) else ():
-                if isinstance(call, Mapping):
-                    events += self._take_call(call)
+        thinking, texts = self._texts_of(delta)
+        if self._wants_logprobs:
+            events += logprob_events(choice.get("logprobs"), in_thinking=bool(thinking))
+        for text in thinking:
+            events += self._take_thinking(text)
+        for text in texts:
+            events += self._take_content(text)
+        calls = delta.get("tool_calls")
+        for call in calls if isinstance(calls, list) else ():
+            if isinstance(call, Mapping):
+                events += self._take_call(call)
         if isinstance(choice.get("stop_reason"), str):
             self._stop_text = choice["stop_reason"]
         if isinstance(choice.get("finish_reason"), str):
@@ -187,22 +202,26 @@ class RemoteReply:
 
     # --- thinking and answer ----------------------------------------------------------------
 
-    def _take_thinking(self, delta: Mapping[str, Any]) -> list[Event]:
-        for name in THINKING_FIELDS:
-            text = delta.get(name)
-            if not isinstance(text, str) or not text:
-                continue
-            self.thinking_field = name
-            if self._continues:
-                # The endpoint's parser waits for the end of thinking, which is in the prompt.
-                return self._take_content(text)
-            self._count("thinking")
-            self.last_thinking = text
-            return self._emit_thinking(text)
-        return []
+    def _texts_of(self, delta: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """The pieces of thinking and of the answer; a content may be a list of typed parts."""
+        fields = [name for name in THINKING_FIELDS if _texts(delta.get(name))]
+        self.thinking_field = fields[0] if fields else self.thinking_field
+        thinking = _texts(delta.get(fields[0])) if fields else []
+        content, texts = delta.get("content"), []
+        for part in content if isinstance(content, list) else [content]:
+            if isinstance(part, Mapping) and part.get("type") in _THINKING_PARTS:
+                thinking += _texts(part.get("thinking") or part.get("text"))
+            else:
+                texts += _texts(part)
+        return thinking, texts
 
-    def _emit_thinking(self, text: str) -> list[Event]:
+    def _take_thinking(self, text: str) -> list[Event]:
         """Thinking without the line breaks around it, as the local engine gives it."""
+        if self._continues:
+            # The endpoint's parser waits for the end of thinking, which is in the prompt.
+            return self._take_content(text)
+        self._count("thinking")
+        self.last_thinking = text
         text = self._thinking_tail + text
         if not self.thinking:
             text = text.lstrip("\n")
@@ -290,9 +309,14 @@ class RemoteReply:
     # --- the end ----------------------------------------------------------------------------
 
     @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be read."""
+        return self.is_complete or self.is_cut or self.stopped_by is not None
+
+    @property
     def has_ended(self) -> bool:
-        """Whether the reply may end here: the endpoint said so, or gave its reason to end."""
-        return self.is_complete or self._reason is not None
+        """Whether the reply may end here: it is over, or the endpoint gave its reason to end."""
+        return self.is_over or self._reason is not None
 
     @property
     def lacks_usage(self) -> bool:
@@ -334,3 +358,10 @@ class RemoteReply:
         first = self._first_at or self._last_at
         seen = Timings(prefill_s=first - self._began_at, decode_s=self._last_at - first)
         return settle_timings(self._timings or {}, seen, usage.completion_tokens)
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts of a string, of a part, or of a list of parts."""
+    parts = value if isinstance(value, list) else [value]
+    texts = (part.get("text") if isinstance(part, Mapping) else part for part in parts)
+    return [text for text in texts if isinstance(text, str) and text]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from nanorun.errors import EngineError
 
+DONE = "[DONE]"
+"""The data of the event that ends a stream."""
 MAX_EVENT_BYTES = 16 * 2**20
 """No chunk of an answer comes near this; an endpoint that never ends a line would fill memory."""
 

@@ -31,7 +31,7 @@ from nanorun.tui.widgets.transcript import Transcript, Welcome
 from nanorun.tui.widgets.turn import Turn
 
 if TYPE_CHECKING:
-    from nanorun.runtime.client import Client, Generation
+    from nanorun.runtime.protocol import Client, Generation
 
 _log = logging.getLogger(__name__)
 

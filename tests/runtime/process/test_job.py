@@ -126,6 +126,13 @@ def test_interrupted_job_that_does_not_stop_is_killed() -> None:
     assert not psutil.pid_exists(pids[0])
 
 
+def test_job_that_takes_too_long_is_ended() -> None:
+    pids: list[int] = []
+    with pytest.raises(EngineDied, match="the engine gave no answer in 3 s"):
+        run_job(hang, {}, pids.append, timeout_s=3)
+    assert not psutil.pid_exists(pids[0])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it takes a minute")
 def test_child_ends_with_its_parent() -> None:
     code = (

@@ -33,7 +33,8 @@ from nanorun.model.chat import (
     Usage,
 )
 from nanorun.model.think import LOW, OFF, Think
-from nanorun.runtime.remote import RemoteEngine
+from nanorun.runtime.remote import RemoteClient
+from nanorun.runtime.remote.errors import EndpointRefused
 from nanorun.runtime.remote.http import RemoteSettings
 from tests.runtime.remote.scripted_endpoint import (
     LLAMA_MODEL,
@@ -66,16 +67,16 @@ TOOL: dict[str, Any] = {
 @asynccontextmanager
 async def talking(
     *answers: Answer, settings: RemoteSettings = FAST, **options: Any
-) -> AsyncIterator[tuple[RemoteEngine, ScriptedEndpoint]]:
+) -> AsyncIterator[tuple[RemoteClient, ScriptedEndpoint]]:
     async with scripted(*answers, **options) as endpoint:
-        engine = RemoteEngine(endpoint.url, settings=settings)
+        engine = RemoteClient(endpoint.url, settings=settings)
         try:
             yield engine, endpoint
         finally:
             await engine.close()
 
 
-async def ask(engine: RemoteEngine, **options: Any) -> list[Event]:
+async def ask(engine: RemoteClient, **options: Any) -> list[Event]:
     return [event async for event in engine.generate(QUESTION, GenerateOptions(**options))]
 
 
@@ -132,11 +133,11 @@ async def test_several_models_have_to_be_named() -> None:
         with pytest.raises(UsageError, match="lists 2 models; name one") as caught:
             await engine.start()
         assert caught.value.facts == ("models: small, large",)
-        named = RemoteEngine(endpoint.url, "large", FAST)
+        named = RemoteClient(endpoint.url, "large", FAST)
         await ask(named)
         assert endpoint.requests[0].body["model"] == "large"
         with pytest.raises(UsageError, match="has no model 'huge'"):
-            await RemoteEngine(endpoint.url, "huge", FAST).start()
+            await RemoteClient(endpoint.url, "huge", FAST).start()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ async def test_nothing_at_that_address_is_said_so() -> None:
     async with scripted(Answer()) as endpoint:
         url = endpoint.url
     with pytest.raises(EngineDied, match=r"cannot be reached: connection refused") as caught:
-        await ask(RemoteEngine(url))
+        await ask(RemoteClient(url))
     assert url in caught.value.message
 
 
@@ -176,7 +177,7 @@ async def test_endpoint_that_went_away_is_found_again() -> None:
 async def test_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:1")
     with pytest.raises(LibraryError, match="the proxy of the environment cannot be used"):
-        await RemoteEngine("http://spark.local:8000").start()
+        await RemoteClient("http://spark.local:8000").start()
     async with talking(Answer.stream(*WHOLE)) as (engine, _):
         assert text_of(await ask(engine)) == "4"  # loopback needs none
 
@@ -214,7 +215,7 @@ async def test_key_is_in_no_error_and_no_log(
 def test_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANORUN_API_KEY", "sk\nInjected: yes")
     with pytest.raises(UsageError, match="NANORUN_API_KEY holds characters") as caught:
-        RemoteEngine("http://127.0.0.1:1")
+        RemoteClient("http://127.0.0.1:1")
     assert "Injected" not in caught.value.render()
 
 
@@ -233,10 +234,10 @@ def test_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch
         ),
         (
             Answer.json({"error": {"message": "temperature is 9"}}, 400),
-            UsageError,
+            EndpointRefused,
             r"refused the request \(400\)",
         ),
-        (Answer.json({"detail": [{"loc": 1}]}, 422), UsageError, "refused the request"),
+        (Answer.json({"detail": [{"loc": 1}]}, 422), EndpointRefused, "refused the request"),
         (
             Answer.json({"error": {"message": "long", "code": "context_length_exceeded"}}, 400),
             ContextFull,
@@ -246,6 +247,21 @@ def test_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch
             Answer.json({"error": {"message": "m", "type": "exceed_context_size_error"}}, 400),
             ContextFull,
             "does not fit the context",
+        ),
+        (
+            Answer.json({"error": {"message": "m", "param": "input_tokens", "code": 400}}, 400),
+            ContextFull,
+            "does not fit the context",
+        ),
+        (
+            Answer.json({"error": {"message": "No x.", "code": "model_not_found"}}, 404),
+            UsageError,
+            "does not have that model",
+        ),
+        (
+            Answer.json({"error": {"message": "No x.", "param": "model", "code": 404}}, 404),
+            UsageError,
+            "does not have that model",
         ),
         (
             Answer.json({"message": "maximum context length is 8 tokens", "code": 400}, 400),
@@ -279,8 +295,13 @@ async def test_error_keeps_what_the_endpoint_said() -> None:
     ("payload", "kind", "says"),
     [
         ({"error": {"message": "killed", "code": "engine_died"}}, EngineDied, "died"),
+        (
+            {"error": {"message": "x", "code": "engine_died", "type": "server_error"}},
+            EngineDied,
+            "the engine behind",
+        ),
         ({"error": {"message": "oops", "type": "server_error"}}, EngineError, "in mid-answer"),
-        ({"error": {"message": "bad", "code": 400}}, UsageError, "refused the request"),
+        ({"error": {"message": "bad", "code": 400}}, EndpointRefused, "refused the request"),
         ({"error": "plain words"}, EngineError, "in mid-answer"),
     ],
 )
@@ -378,6 +399,45 @@ async def test_thinking_comes_in_either_field(names: tuple[str, ...]) -> None:
     events = await answer_to(both("\nhm"), both("m\n"), both("so\n\n"), *WHOLE)
     assert thinking_of(events) == "hmm\nso"
     assert text_of(events) == "4"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"type": "text", "text": "4"}, {"type": "output_text", "text": "2"}],
+        ["4", None, {"type": "image"}, {"text": "2"}],
+        {"type": "text", "text": "42"},
+    ],
+)
+async def test_content_may_be_a_list_of_parts(content: Any) -> None:
+    events = await answer_to(delta(content=content), *WHOLE[1:])
+    assert text_of(events) == "42"
+    assert end_of(events).usage.completion_tokens == 3
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "reasoning", "text": "hm"},
+    ],
+)
+async def test_part_of_a_content_may_be_thinking(part: Any) -> None:
+    text = {"type": "text", "text": "4"}
+    events = await answer_to(delta(content=[part, text]), delta("stop"), usage(7, 2))
+    assert (thinking_of(events), text_of(events)) == ("hm", "4")
+    assert end_of(events).usage.thinking_tokens == 1
+
+
+async def test_older_completions_are_read() -> None:
+    chunks = [{"choices": [{"index": 0, "text": text}]} for text in ("4", "2", "")]
+    chunks.append({"choices": [{"index": 0, "text": "", "finish_reason": "length"}]})
+    events = await answer_to(*chunks, usage(7, 2))
+    assert (text_of(events), end_of(events).reason) == ("42", "length")
+    whole = Answer.json({"choices": [{"text": "42", "finish_reason": "stop"}]})
+    async with talking(whole) as (engine, _):
+        assert text_of(await ask(engine)) == "42"
 
 
 async def test_thinking_goes_back_in_the_field_it_came_in() -> None:
@@ -726,6 +786,65 @@ async def test_effort_that_an_endpoint_does_not_know_is_left_out() -> None:
     efforts = [request.body.get("reasoning_effort") for request in endpoint.requests]
     assert efforts == ["low", None, None]
     assert ["takes no reasoning depth" in text for text in notices_of(first)] == [True]
+
+
+def refusal(message: str = "no", status: int = 400, **fields: Any) -> Answer:
+    return Answer.json({"error": {"message": message, **fields}}, status)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        refusal('"llama" does not support thinking', type="invalid_request_error", param=None),
+        refusal(param="reasoning_effort", code="unsupported_value"),
+        refusal(status=422),
+        Answer.json({"detail": [{"loc": ["body", "reasoning_effort"], "msg": "extra"}]}, 422),
+    ],
+)
+async def test_request_is_sent_again_without_effort_whatever_words_refuse_it(
+    refused: Answer,
+) -> None:
+    async with talking(refused, Answer.stream(*WHOLE)) as (engine, endpoint):
+        events = await ask(engine)
+    assert text_of(events) == "4"
+    first, second = (request.body for request in endpoint.requests)
+    assert first == {**second, "reasoning_effort": "medium"}
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        refusal("thinking has no place beside tools", param="tools"),
+        Answer.json({"detail": [{"loc": ["body", "seed"], "msg": "too large"}]}, 422),
+        refusal(status=500),
+        refusal(code="context_length_exceeded"),
+    ],
+)
+async def test_refusal_of_something_else_is_told_at_once(refused: Answer) -> None:
+    async with talking(refused) as (engine, endpoint):
+        with pytest.raises(NanorunError):
+            await ask(engine)
+    assert len(endpoint.requests) == 1
+
+
+async def test_effort_is_asked_again_where_leaving_it_out_did_not_help() -> None:
+    answers = refusal("a"), refusal("top_k is not known"), Answer.stream(*WHOLE)
+    async with talking(*answers) as (engine, endpoint):
+        with pytest.raises(UsageError) as caught:
+            await ask(engine)
+        events = await ask(engine)
+    assert caught.value.facts == ("top_k is not known",)
+    efforts = [request.body.get("reasoning_effort") for request in endpoint.requests]
+    assert efforts == ["medium", None, "medium"]
+    assert notices_of(events) == []
+
+
+async def test_refusal_inside_an_answer_is_not_asked_again() -> None:
+    broken = Answer([sse(delta(content="4"), {"error": {"message": "no", "code": 400}})])
+    async with talking(broken) as (engine, endpoint):
+        with pytest.raises(UsageError):
+            await ask(engine)
+    assert len(endpoint.requests) == 1
 
 
 async def test_budget_that_an_endpoint_cannot_take_is_said() -> None:

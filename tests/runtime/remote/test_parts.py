@@ -289,7 +289,8 @@ json_values = st.recursive(
     | st.dictionaries(
         st.sampled_from(
             ["choices", "delta", "content", "reasoning", "tool_calls", "function", "arguments",
-             "index", "id", "name", "usage", "finish_reason", "prompt_tokens_details", "timings"]
+             "text", "type", "thinking", "index", "id", "name", "usage", "finish_reason",
+             "prompt_tokens_details", "timings"]
         ),
         inner,
         max_size=4,

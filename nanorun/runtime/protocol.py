@@ -1,0 +1,50 @@
+"""What the chat, the server and the command line ask of whatever answers.
+
+`runtime/client.py` has the local engine, `runtime/remote/` an endpoint on another machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from nanorun.model.chat import Event, GenerateOptions, Message, ModelInfo
+
+
+class Client(Protocol):
+    """Something that answers conversations: a local engine or a remote endpoint."""
+
+    @property
+    def info(self) -> ModelInfo | None:
+        """What answers; None before `start`."""
+
+    async def start(self) -> ModelInfo:
+        """Load or reach the model; does nothing if that is done."""
+
+    async def close(self) -> None:
+        """End it."""
+
+    def generate(self, messages: Sequence[Message], options: GenerateOptions) -> Generation:
+        """Begin a reply."""
+
+
+class Generation(Protocol):
+    """A reply in the making: iterate over its events, the last of which is `Finished`.
+
+    Leaving the iteration early (`aclose`, or cancelling the task) cancels the reply.
+    """
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+    async def __anext__(self) -> Event: ...
+
+    async def aclose(self) -> None:
+        """Cancel the reply if it runs, and stop listening."""
+
+    async def cancel(self) -> None:
+        """End the reply; `Finished("cancelled")` follows."""
+
+    async def finish_thinking(self) -> None:
+        """Make it answer soon."""
+
+    async def set_budget(self, n_tokens: int | None) -> None:
+        """Change its thinking tokens; None for no limit."""
