@@ -39,7 +39,7 @@ def modules_loaded(*args: str) -> tuple[list[str], list[str]]:
     code = _IMPORTS.format(args=list(args), heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy, own = done.stderr.splitlines()
-    return heavy.split(), [name.removeprefix("nanorun.cli.") for name in own.split()]
+    return heavy.split(), [name.rpartition(".")[2] for name in own.split()]
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"]], ids=str)
@@ -49,7 +49,7 @@ def test_root_imports_nothing_heavy_and_no_command(args: list[str]) -> None:
     assert not set(own) & set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["chat", "run", "serve", "eval"])
+@pytest.mark.parametrize("command", ["chat", "run", "serve", "eval", "convert"])
 def test_help_of_a_command_imports_nothing_heavy_and_no_other(command: str) -> None:
     heavy, own = modules_loaded(command, "--help")
     assert heavy == []
