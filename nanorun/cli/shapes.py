@@ -94,7 +94,7 @@ def _of_folder(folder: Path, recipe: str | None) -> list[ModelShape]:
         text = path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    return _of_arch(str(folder), _arch_of_config(text, str(path)), recipe, None)
+    return _of_arch(str(folder), _arch_of_config(text, str(path), str(folder)), recipe, None)
 
 
 def _of_repository(name: str, argument: str, recipe: str | None) -> list[ModelShape]:
@@ -112,14 +112,15 @@ def _of_repository(name: str, argument: str, recipe: str | None) -> list[ModelSh
     where = f"{argument}/{config.name}"
     if config.n_bytes > _MOST_CONFIG_BYTES:
         raise ModelError(f"{where}: {config.n_bytes:,} bytes are more than a config.json has")
-    arch = _arch_of_config(config.read(0, config.n_bytes).tobytes(), where)
+    arch = _arch_of_config(config.read(0, config.n_bytes).tobytes(), where, argument)
     return _of_arch(name, arch, recipe, repository)
 
 
-def _arch_of_config(text: bytes, where: str) -> HybridArch:
+def _arch_of_config(text: bytes, where: str, source: str) -> HybridArch:
     import json
 
     from nanorun_converters.family.config import arch_from_config
+    from nanorun_converters.options import ConvertOptions
 
     try:
         config = json.loads(text)
@@ -127,7 +128,7 @@ def _arch_of_config(text: bytes, where: str) -> HybridArch:
         raise ModelError(f"{where} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{where}: expected an object, found {type(config).__name__}")
-    return arch_from_config(config, where)
+    return arch_from_config(config, where, again=ConvertOptions().again(source))
 
 
 def _of_arch(

@@ -117,7 +117,7 @@ class Imatrix:
         return [float(share) for share in entry.counts / entry.counts.sum()]
 
     def weights(self, name: str, i_mat: int, n_per_row: int) -> NDArray[np.float32] | None:
-        """The mean square of each input of a matrix; None where the tensor was never seen.
+        """The mean square of each input of a matrix, `(n_per_row,)`; None if it was never seen.
 
         A matrix that got no input (an expert that no token chose) has weights of 1. Columns that
         padding added, here or where the imatrix was made, get a weight too small to matter.
@@ -145,7 +145,7 @@ class Imatrix:
         return np.maximum(means, floor).astype(np.float32) if floor else np.ones(n_per_row, "f4")
 
     def gram(self, name: str, n_per_row: int) -> NDArray[np.float32]:
-        """The mean of `x xᵀ` over a tensor's inputs, in its width before padding.
+        """The mean of `x xᵀ` over a tensor's inputs, `(n, n)` for its width before padding.
 
         Raises:
             ModelError: If it is damaged, or of another width.

@@ -35,9 +35,8 @@ _STAND_INS = {
 """The smallest type of short blocks that is as good as one of blocks of 256, for rows that have
 none and are not padded. llama.cpp takes Q5_0 for Q4_K, Q4_0 below, and the same above."""
 
-_FEW_BITS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
-_DOWN = (Role.EXPERT_DOWN, Role.SHARED_DOWN, Role.FFN_DOWN)
+_DOWN_ROLES = (Role.EXPERT_DOWN, Role.SHARED_DOWN, Role.FFN_DOWN)
 
 
 def preset_by_name(name: str) -> Recipe | None:
@@ -79,7 +78,7 @@ def _types_by_tensor(preset: str, specs: Sequence[TensorSpec]) -> Mapping[str, T
         wanted = _type_of(preset, spec.role, place, tied)
         types[spec.name] = (wanted, _STAND_INS.get(wanted, wanted))
         i_attention += spec.role is Role.ATTN_V
-        i_down += spec.role in _DOWN
+        i_down += spec.role in _DOWN_ROLES
     return types
 
 
@@ -90,134 +89,114 @@ def _i_layer(name: str) -> int:
 
 def _type_of(preset: str, role: Role, place: _Place, tied: bool) -> T:
     if role is Role.OUTPUT or (tied and role is Role.EMBEDDING):
-        if preset == "MXFP4_MOE":
-            return T.Q8_0
-        if preset == "Q8_0":
-            return T.Q8_0
-        return T.Q5_K if preset in (*_FEW_BITS, "IQ3_XXS") else T.Q6_K
+        return _OUTPUTS.get(preset, T.Q6_K)
     if preset == "MXFP4_MOE":
         return T.MXFP4 if role in (Role.EXPERT_UP, Role.EXPERT_DOWN) else T.Q8_0
-    rule = _RULES_FEW_BITS.get(role) if preset in _FEW_BITS else _RULES.get(role)
-    if role in _DOWN:
-        rule = _down_few_bits if preset in _FEW_BITS else _down
-    return (rule(preset, place) if rule else None) or PRESETS[preset]
+    rules = _RULES.get(role, {})
+    if place.n_expert == 8:
+        rules = _RULES_OF_8_EXPERTS.get(role, rules)
+    rule = rules.get(preset)
+    wanted = rule.type_at(place) if isinstance(rule, _Where) else rule
+    return wanted or PRESETS[preset]
+
+
+@dataclass(frozen=True, slots=True)
+class _Where:
+    """A type for some of the places a role has; None stands for the preset's main type."""
+
+    holds: Callable[[_Place], bool]
+    then: T
+    otherwise: T | None = None
+
+    def type_at(self, place: _Place) -> T | None:
+        """The type of the tensor at `place`."""
+        return self.then if self.holds(place) else self.otherwise
 
 
 def _use_more_bits(i: int, n: int) -> bool:
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
-def _embedding(preset: str, _: _Place) -> T | None:
-    if preset in ("IQ2_XXS", "IQ2_XS"):
-        return T.Q2_K
-    return T.IQ3_S if preset in ("IQ2_S", "IQ2_M", "IQ3_XXS") else None
+def _has_experts(place: _Place) -> bool:
+    return place.n_expert >= 4
 
 
-def _attn_v_few_bits(preset: str, place: _Place) -> T:
-    if place.n_expert >= 4:
-        return T.Q4_K
-    return T.IQ3_S if preset in ("IQ2_S", "IQ2_M") else T.Q2_K
+def _is_early(place: _Place) -> bool:
+    return place.i_layer < place.n_layer // 8
 
 
-def _attn_k_few_bits(_: str, place: _Place) -> T | None:
-    return T.Q4_K if place.n_expert == 8 else None
+def _is_middle(place: _Place) -> bool:
+    return place.n_layer // 8 <= place.i_layer < 7 * place.n_layer // 8
 
 
-def _attn_out_few_bits(preset: str, place: _Place) -> T | None:
-    if place.n_expert == 8:
-        return T.Q5_K
-    return T.IQ3_S if preset in ("IQ2_S", "IQ2_M") else None
+def _gets_more_bits(place: _Place) -> bool:
+    return _use_more_bits(place.i_layer, place.n_layer)
 
 
-def _down_few_bits(preset: str, place: _Place) -> T | None:
+_FEW_BITS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M")
+_OUTPUTS = {
+    "MXFP4_MOE": T.Q8_0, "Q8_0": T.Q8_0, **dict.fromkeys((*_FEW_BITS, "IQ3_XXS"), T.Q5_K),
+}  # fmt: skip
+"""The type of the output, or of the embedding that is both; of all other presets Q6_K."""
+
+_Rules = Mapping[str, T | _Where]
+_EMBEDDING: _Rules = {
+    "IQ2_XXS": T.Q2_K, "IQ2_XS": T.Q2_K, "IQ2_S": T.IQ3_S, "IQ2_M": T.IQ3_S, "IQ3_XXS": T.IQ3_S,
+}  # fmt: skip
+_ATTN_V: _Rules = {
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS"), _Where(_has_experts, T.Q4_K, T.Q2_K)),
+    **dict.fromkeys(("IQ2_S", "IQ2_M"), _Where(_has_experts, T.Q4_K, T.IQ3_S)),
+    # The rule asks for 4 query heads a KV head in layer 0, which has no attention here.
+    "Q2_K": T.Q3_K,
+    "IQ3_XXS": T.IQ3_S,
+    "IQ3_M": T.Q4_K,
+    "Q3_K_M": _Where(lambda place: place.i_attention < 2, T.Q5_K, T.Q4_K),
+    "Q3_K_L": T.Q5_K,
+    "Q4_K_S": _Where(lambda place: place.i_attention < 4, T.Q5_K),
+    **dict.fromkeys(
+        ("Q4_K_M", "Q5_K_M"),
+        _Where(lambda place: _use_more_bits(place.i_attention, place.n_attention), T.Q6_K),
+    ),
+}
+_ATTN_QK: _Rules = {"IQ3_XS": T.IQ3_XXS, "IQ3_XXS": T.IQ2_S}
+_ATTN_OUT: _Rules = {
+    "IQ2_S": T.IQ3_S, "IQ2_M": T.IQ3_S, "Q2_K": T.Q3_K, "IQ3_XXS": T.IQ3_S, "IQ3_M": T.Q4_K,
+    "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K,
+}  # fmt: skip
+_UP: _Rules = {"IQ3_XS": _Where(_is_middle, T.IQ3_XXS)}
+_DOWN: _Rules = {
     # Counted over the down projections, not over blocks.
-    if place.i_down < place.n_layer // 8:
-        return T.IQ3_S if preset in ("IQ2_S", "IQ2_M") else T.Q2_K
-    return None
-
-
-def _attn_v(preset: str, place: _Place) -> T | None:
-    if place.n_expert == 8:
-        return T.Q8_0
-    i, n = place.i_attention, place.n_attention
-    match preset:
-        case "Q2_K":
-            # The rule asks for 4 query heads a KV head in layer 0, which has no attention here.
-            return T.Q3_K
-        case "IQ3_XXS":
-            return T.IQ3_S
-        case "IQ3_M":
-            return T.Q4_K
-        case "Q3_K_M":
-            return T.Q5_K if i < 2 else T.Q4_K
-        case "Q3_K_L":
-            return T.Q5_K
-        case "Q4_K_M" | "Q5_K_M":
-            return T.Q6_K if _use_more_bits(i, n) else None
-        case "Q4_K_S":
-            return T.Q5_K if i < 4 else None
-    return None
-
-
-def _attn_k(preset: str, place: _Place) -> T | None:
-    return T.Q8_0 if place.n_expert == 8 else _attn_q(preset, place)
-
-
-def _attn_q(preset: str, _: _Place) -> T | None:
-    return {"IQ3_XS": T.IQ3_XXS, "IQ3_XXS": T.IQ2_S}.get(preset)
-
-
-def _down(preset: str, place: _Place) -> T | None:
-    i, n = place.i_layer, place.n_layer
-    is_early = i < n // 8
-    match preset:
-        case "Q2_K":
-            return T.Q3_K
-        case "Q2_K_S" | "IQ3_M":
-            return T.Q4_K if is_early or _is_bumped(preset, place) else None
-        case "IQ3_XXS":
-            return T.Q4_K if is_early else T.Q3_K
-        case "Q3_K_M":
-            return T.Q5_K if i < n // 16 else T.Q4_K
-        case "Q3_K_L":
-            return T.Q5_K
-        case "Q4_K_M" | "Q5_K_M":
-            return T.Q6_K if _use_more_bits(i, n) else None
-        case "IQ4_NL" | "IQ4_XS" | "Q4_K_S":
-            return T.Q5_K if is_early else None
-    return None
-
-
-def _is_bumped(preset: str, place: _Place) -> bool:
-    more = _use_more_bits(place.i_layer, place.n_layer)
-    return preset == "IQ3_M" and place.n_expert == 8 and more
-
+    **dict.fromkeys(("IQ2_XXS", "IQ2_XS"), _Where(lambda p: p.i_down < p.n_layer // 8, T.Q2_K)),
+    **dict.fromkeys(("IQ2_S", "IQ2_M"), _Where(lambda p: p.i_down < p.n_layer // 8, T.IQ3_S)),
+    "Q2_K": T.Q3_K,
+    "IQ3_XXS": _Where(_is_early, T.Q4_K, T.Q3_K),
+    "Q3_K_M": _Where(lambda place: place.i_layer < place.n_layer // 16, T.Q5_K, T.Q4_K),
+    "Q3_K_L": T.Q5_K,
+    **dict.fromkeys(("Q4_K_M", "Q5_K_M"), _Where(_gets_more_bits, T.Q6_K)),
+    **dict.fromkeys(("Q2_K_S", "IQ3_M"), _Where(_is_early, T.Q4_K)),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "Q4_K_S"), _Where(_is_early, T.Q5_K)),
+}
+_RULES: Mapping[Role, _Rules] = {
+    Role.EMBEDDING: _EMBEDDING, Role.ATTN_V: _ATTN_V, Role.ATTN_K: _ATTN_QK, Role.ATTN_Q: _ATTN_QK,
+    Role.ATTN_OUT: _ATTN_OUT,
+    **dict.fromkeys((Role.EXPERT_UP, Role.SHARED_UP, Role.FFN_UP), _UP),
+    **dict.fromkeys(_DOWN_ROLES, _DOWN),
+}  # fmt: skip
+"""By role, then by preset; a preset without a rule gives its main type."""
 
 _BUMPED_OUT = (
-    "Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S",
-    "IQ3_M", "IQ4_XS",
+    *_FEW_BITS, "Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M",
+    "IQ3_S", "IQ3_M", "IQ4_XS",
 )  # fmt: skip
-
-
-def _attn_out(preset: str, place: _Place) -> T | None:
-    if place.n_expert == 8:
-        return T.Q5_K if preset in _BUMPED_OUT else None
-    types = {"Q2_K": T.Q3_K, "IQ3_XXS": T.IQ3_S, "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K,
-             "IQ3_M": T.Q4_K}  # fmt: skip
-    return types.get(preset)
-
-
-def _up(preset: str, place: _Place) -> T | None:
-    is_middle = place.n_layer // 8 <= place.i_layer < 7 * place.n_layer // 8
-    return T.IQ3_XXS if preset == "IQ3_XS" and is_middle else None
-
-
-_Rule = Callable[[str, _Place], T | None]
-_RULES: dict[Role, _Rule] = {
-    Role.EMBEDDING: _embedding, Role.ATTN_V: _attn_v, Role.ATTN_K: _attn_k, Role.ATTN_Q: _attn_q,
-    Role.ATTN_OUT: _attn_out, Role.EXPERT_UP: _up, Role.SHARED_UP: _up, Role.FFN_UP: _up,
-}  # fmt: skip
-_RULES_FEW_BITS: dict[Role, _Rule] = {
-    Role.EMBEDDING: _embedding, Role.ATTN_V: _attn_v_few_bits, Role.ATTN_K: _attn_k_few_bits,
-    Role.ATTN_OUT: _attn_out_few_bits,
-}  # fmt: skip
+_NOT_FEW_BITS = tuple(name for name in PRESETS if name not in _FEW_BITS)
+_DOWN_OF_8_EXPERTS: _Rules = {
+    **_DOWN,
+    "IQ3_M": _Where(lambda place: _is_early(place) or _gets_more_bits(place), T.Q4_K),
+}
+_RULES_OF_8_EXPERTS: Mapping[Role, _Rules] = {
+    Role.ATTN_V: {**_ATTN_V, **dict.fromkeys(_NOT_FEW_BITS, T.Q8_0)},
+    Role.ATTN_K: {**dict.fromkeys(_FEW_BITS, T.Q4_K), **dict.fromkeys(_NOT_FEW_BITS, T.Q8_0)},
+    Role.ATTN_OUT: dict.fromkeys(_BUMPED_OUT, T.Q5_K),
+    **dict.fromkeys(_DOWN_ROLES, _DOWN_OF_8_EXPERTS),
+}
+"""The same for models of exactly 8 experts (Mixtral's number), where they differ."""

@@ -43,6 +43,13 @@ def test_eval_of_several_models_wants_a_reference(nanorun: Run, tmp_path: Path) 
     assert "--against REF" in result.err
 
 
+def test_help_of_convert_names_every_recipe_in_the_order_of_the_recipes(nanorun: Run) -> None:
+    words = nanorun("convert", "--help").out.split()
+    first = words.index("--recipe") + 2
+    named = [word.rstrip(",;") for word in words[first : first + len(RECIPES)]]
+    assert named == list(RECIPES)
+
+
 def test_imatrix_is_collected_and_lets_convert_go_lower(
     nanorun: Run, pico_source: Path, pico_f32_gguf: Path, tmp_path: Path
 ) -> None:

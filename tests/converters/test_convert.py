@@ -237,8 +237,18 @@ def test_block_that_does_not_fit_is_refused_with_the_command_that_does(
 ) -> None:
     with pytest.raises(UsageError) as caught:
         convert(source, ConvertOptions(out=out, recipe="q4_k"))
-    assert caught.value.tries == (f"nanorun convert {source} --recipe q4_0",)
+    assert caught.value.tries == (f"nanorun convert {source} --recipe q4_0 --out {out}",)
     assert nothing_left(out)
+
+
+def test_suggestion_of_another_recipe_keeps_all_else_but_the_type_map(
+    source: Path, out: Path
+) -> None:
+    options = ConvertOptions(out=out, type_map={"*": "q4_k"}, pad="never", keep_mtp=False)
+    with pytest.raises(UsageError) as caught:
+        convert(source, options)
+    flags = f"--recipe q4_0 --pad never --no-mtp --out {out}"
+    assert caught.value.tries == (f"nanorun convert {source} {flags}",)
 
 
 @pytest.mark.parametrize("recipe", ["f32", "q8_0"])

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from nanorun_converters.conversion_plan import plan_conversion
 from nanorun_converters.convert import ConvertOptions, convert
+from nanorun_converters.family.tokenizer import read_vocabulary
+from nanorun_converters.source.open import open_source
 from tests.converters.family.test_config import NANO_CONFIG, SUPER_CONFIG
 from tests.support.source_models import write_json, write_tokenizer
 
@@ -134,8 +135,8 @@ def test_final_size_is_known_from_config_and_index_in_seconds(
     write_tokenizer(folder, config["vocab_size"])
     planned = convert(folder, options)
     # What is said of a size without the tokenizer, but for the names of its keys.
-    vocabulary = plan_conversion(folder, options).vocabulary
-    assert vocabulary is not None
+    source = open_source(folder, needs_weights=False)
+    vocabulary = read_vocabulary(source, config, config["vocab_size"])
     added = sum(12 + len(token.encode()) for token in vocabulary.tokens)
     added += sum(8 + len(merge.encode()) for merge in vocabulary.merges)
     added += sum(len(text.encode()) for text in vocabulary.chat_templates.values())

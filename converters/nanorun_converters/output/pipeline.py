@@ -55,7 +55,7 @@ class Workers:
     def map_in_order(
         self, encode: Callable[[_Piece], NDArray[np.uint8]], pieces: Iterable[_Piece]
     ) -> Iterator[tuple[_Piece, NDArray[np.uint8]]]:
-        """Each piece with its bytes, in the order of `pieces`."""
+        """Each piece with its bytes, `(n_rows, row_bytes)`, in the order of `pieces`."""
         ahead: deque[tuple[_Piece, Future[NDArray[np.uint8]]]] = deque()
         for piece in pieces:
             ahead.append((piece, self._pool.submit(encode, piece)))

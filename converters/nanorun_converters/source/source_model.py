@@ -45,7 +45,7 @@ class SourceTensor:
         return math.prod(self.shape)
 
     def assumed(self, dtype: str, shape: tuple[int, ...]) -> SourceTensor:
-        """The same, taken to be of this form."""
+        """This tensor, taken to have this dtype and shape: its file is not there to say."""
         return replace(self, dtype=dtype, shape=shape)
 
     def part(self, index: int) -> SourceTensor:
@@ -60,11 +60,11 @@ class SourceTensor:
         )
 
     def read(self, first: int, end: int) -> NDArray[np.float32]:
-        """Elements `first` to `end`, counted through all axes, as numbers."""
+        """Elements `first` to `end` of the flattened tensor, as numbers: `(end - first,)`."""
         return decode(self.read_bytes(first, end), self.dtype)
 
     def read_bytes(self, first: int, end: int) -> NDArray[np.uint8]:
-        """Elements `first` to `end`, counted through all axes, as they are stored."""
+        """The bytes of elements `first` to `end` of the flattened tensor, as they are stored."""
         size = DTYPE_BYTES[self.dtype]
         return self.store.read(self.offset + first * size, (end - first) * size)
 
@@ -80,7 +80,7 @@ class SourceModel:
 
     @property
     def origin(self) -> PurePath:
-        """What to call the source in errors, and in commands to try."""
+        """What errors call the source; they call a file of it `origin / name`."""
         return self.files.where
 
     @property
@@ -147,7 +147,7 @@ def _read_text(store: Store, where: str) -> str:
 
 
 def decode(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Little-endian bytes of `dtype` as float32; exact for all of `READABLE_DTYPES`."""
+    """Little-endian bytes as numbers, one an element of `dtype`; exact for `READABLE_DTYPES`."""
     match dtype:
         case "F32":
             return raw.view("<f4").astype(np.float32, copy=False)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _TYPES = "Types"
 
 
+# As long as there are flags: Typer reads them from the signature.
 def command(
     source: Annotated[
         str,
