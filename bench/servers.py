@@ -1,7 +1,8 @@
 """Starting the two servers that benchmarks compare, and asking them in the same words.
 
 The peer is llama.cpp's own C++ server as the `xllamacpp` package carries it. It need not be
-installed beside nanorun: name its Python with `PEER_PYTHON`.
+installed beside nanorun: name its Python with `PEER_PYTHON`. Both servers take as many threads as
+there are CPUs for them: `taskset -c 0 python bench/...` makes that one, which a busy machine needs.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 PEER = """
 import sys, time, xllamacpp
@@ -60,9 +62,12 @@ class Server:
 
     name: str
     url: str
+    pid: int
 
-    def ask(self, messages: Sequence[dict[str, str]], *, n_thinking: int, n_answer: int) -> Reply:
-        """One streamed reply of forced lengths.
+    def body(
+        self, messages: Sequence[dict[str, str]], *, n_thinking: int, n_answer: int
+    ) -> dict[str, Any]:
+        """A request for a streamed reply of forced lengths.
 
         `</think>` is banned, so only the reasoning budget closes the thinking; the end of the turn
         is ignored, so only `max_tokens` ends the answer.
@@ -73,14 +78,23 @@ class Server:
             "temperature": 0, "max_tokens": n_total, "ignore_eos": True,
         }  # fmt: skip
         if self.name == "nanorun":
-            body |= {"logit_bias": {THINK_END: -100}, "reasoning_budget": n_thinking}
-        else:
-            body |= {
-                "logit_bias": [[THINK_END, -100.0]],
-                "reasoning_budget_tokens": n_thinking,
-                "chat_template_kwargs": {"enable_thinking": n_thinking > 0},
-                "cache_prompt": True,
-            }
+            return body | {"logit_bias": {THINK_END: -100}, "reasoning_budget": n_thinking}
+        return body | {
+            "logit_bias": [[THINK_END, -100.0]],
+            "reasoning_budget_tokens": n_thinking,
+            "chat_template_kwargs": {"enable_thinking": n_thinking > 0},
+            "cache_prompt": True,
+        }
+
+    def cpu_s(self) -> float:
+        """CPU time of the server and its children so far."""
+        process = psutil.Process(self.pid)
+        times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
+        return sum(t.user + t.system for t in times)
+
+    def ask(self, messages: Sequence[dict[str, str]], *, n_thinking: int, n_answer: int) -> Reply:
+        """One streamed reply of forced lengths; see `body`."""
+        body = self.body(messages, n_thinking=n_thinking, n_answer=n_answer)
         reply, started = Reply(), time.perf_counter()
         with httpx.stream("POST", f"{self.url}/v1/chat/completions", json=body, timeout=600) as r:
             if r.status_code != 200:
@@ -128,7 +142,7 @@ def peer_server(model: Path, n_ctx: int, n_parallel: int) -> Iterator[Server]:
     """llama.cpp's server on a free port, with the same threads."""
     port = _free_port()
     python = os.environ.get("PEER_PYTHON", sys.executable)
-    numbers = map(str, (port, n_ctx, n_parallel, os.cpu_count() or 1))
+    numbers = map(str, (port, n_ctx, n_parallel, len(os.sched_getaffinity(0))))
     with _running("llama.cpp", [python, "-c", PEER, str(model), *numbers], port) as server:
         yield server
 
@@ -152,7 +166,7 @@ def _running(
             except httpx.TransportError:
                 pass
             time.sleep(0.1)
-        yield Server(name, url)
+        yield Server(name, url, process.pid)
     finally:
         process.kill()
         process.wait()
