@@ -126,8 +126,7 @@ class ChatTemplate:
                 for piece in self._template.generate(
                     scope, messages=messages, add_generation_prompt=add_generation_prompt
                 ):
-                    allowance.take(len(piece))
-                    pieces.append(piece)
+                    pieces.append(allowance.print(piece))
         except TemplateRefusal as error:
             raise UsageError(
                 f"the chat template of {self._called} refuses these messages: "
@@ -135,6 +134,8 @@ class ChatTemplate:
             ) from error
         except RecursionError as error:
             raise self._broken("it calls itself too deeply") from error
+        except MemoryError as error:
+            raise self._broken("it needs more memory than there is") from error
         except Exception as error:  # filters raise whatever their code raises, asserts included
             raise self._broken(str(error)) from error
         return "".join(pieces)

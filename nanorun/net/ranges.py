@@ -115,10 +115,8 @@ class Http:
         """Raise if there is no more reading.
 
         Raises:
-            SourceUnreachableError: If it was given up, took too long, or HF_HUB_OFFLINE is set.
+            SourceUnreachableError: If it was given up or took too long.
         """
-        if environment.is_offline():
-            raise self.unreachable(where, "HF_HUB_OFFLINE is set")
         if self._stopped.is_set():
             raise self.unreachable(where, "it was given up")
         if time.monotonic() > self._end_s:
@@ -133,11 +131,13 @@ class Http:
             progress: Bytes so far; where they grow, the count of tries begins anew.
 
         Raises:
-            SourceUnreachableError: If every try failed.
+            SourceUnreachableError: If every try failed, or HF_HUB_OFFLINE is set.
             LibraryError: If the proxy is of a kind that needs another package.
         """
         import httpx
 
+        if environment.is_offline():
+            raise self.unreachable(where, "HF_HUB_OFFLINE is set")
         i_try = 0
         while True:
             self.check(where)

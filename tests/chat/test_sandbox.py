@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
-import tracemalloc
+import json
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +15,7 @@ from nanorun.model.chat import Message
 GROW = "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = GROWN %}{% endfor %}"
 NEST = (
     "{% set ns = namespace(s=['x' * 1000]) %}"
-    "{% for i in range(40) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}"
+    "{% for i in range(40) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}"
 )
 LOOP = "{% for i in range(90000) %}BODY{% endfor %}"
 HOSTILE = {
@@ -36,21 +37,22 @@ HOSTILE = {
     "format filter": GROW.replace("GROWN", "'%s%s%s' | format(ns.s, ns.s, ns.s)"),
     "percent": GROW.replace("GROWN", "'%s%s%s' % (ns.s, ns.s, ns.s)"),
     "nested lists": NEST,
+    "nested lists as JSON": NEST.replace("{{ ns.s }}", "{{ ns.s | tojson }}"),
     "nested dicts": NEST.replace("[ns.s, ns.s]", "{'a': ns.s, 'b': ns.s}"),
     "nested by dict()": NEST.replace("[ns.s, ns.s]", "dict(a=ns.s, b=ns.s)"),
-    "fixed text in a loop": LOOP.replace("BODY", "{% set x %}" + "z" * 9999 + "{% endset %}"),
+    "fixed text in a loop": LOOP.replace("BODY", "z" * 9999),
     "output in a loop": LOOP.replace(
         "BODY", "{% set x %}{{ messages[0].content * 9999 }}{% endset %}"
     ),
-    "wide number": "{{ '%999999999d' % 1 }}",
-    "wide format": "{{ '{:999999999}'.format(1) }}",
-    "computed width": "{{ '{:{}}'.format(1, 999999999) }}",
-    "wide indent": "{{ 'x' | indent(999999999, true) }}",
-    "wide JSON": "{{ [1] | tojson(indent=999999999) }}",
-    "padding": "{{ 'x'.center(999999999) }}",
-    "padding filter": "{{ 'x' | center(999999999) }}",
-    "bytes": "{{ (1).to_bytes(999999999) }}",
-    "lipsum": "{{ lipsum(n=999999999) }}",
+    "wide number": "{{ '%99999999d' % 1 }}",
+    "wide format": "{{ '{:99999999}'.format(1) }}",
+    "computed width": "{{ '{:{}}'.format(1, 99999999) }}",
+    "wide indent": "{{ 'x' | indent(99999999, true) }}",
+    "wide JSON": "{{ [1] | tojson(indent=99999999) }}",
+    "padding": "{{ 'x'.center(99999999) }}",
+    "padding filter": "{{ 'x' | center(99999999) }}",
+    "bytes": "{{ (1).to_bytes(99999999) }}",
+    "lipsum": "{{ lipsum(n=99999999) }}",
 }
 CURIOUS = {
     "class": "{{ ''.__class__.__mro__ }}",
@@ -69,18 +71,40 @@ def render(source: str) -> str:
     return ChatTemplate(source).render([Message("user", "hi")], enable_thinking=True).text
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_template_ends_with_an_error(name: str) -> None:
+# What each does to a process that may have 2 GiB: its error and the processor's seconds.
+IN_CHILD = """
+import json, resource, sys, time
+from nanorun.chat.template import ChatTemplate
+from nanorun.model.chat import Message
+
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
+for name, source in json.load(sys.stdin).items():
     started = time.thread_time()
-    tracemalloc.start(1)
     try:
-        with pytest.raises(ModelError, match="chat template of this model fails"):
-            render(HOSTILE[name])
-        peak_bytes = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert time.thread_time() - started < 12
-    assert peak_bytes < 256 << 20
+        ChatTemplate(source).render([Message("user", "hi")], enable_thinking=True)
+        error = ""
+    except Exception as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    print(json.dumps([name, error, time.thread_time() - started]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def endings() -> dict[str, tuple[str, float]]:
+    """How each hostile template ended: its error, and the seconds it took."""
+    child = [sys.executable, "-c", IN_CHILD]
+    done = subprocess.run(child, input=json.dumps(HOSTILE), stdout=subprocess.PIPE, text=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {name: (error, took_s) for name, error, took_s in lines}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_template_ends_with_an_error(
+    name: str, endings: dict[str, tuple[str, float]]
+) -> None:
+    error, took_s = endings[name]
+    assert error.startswith("ModelError: the chat template of this model fails: ")
+    assert took_s < 6
 
 
 @pytest.mark.parametrize("name", CURIOUS)

@@ -78,6 +78,12 @@ def answer(request: BaseHTTPRequestHandler, status: int, body: bytes, **headers:
     request.wfile.write(body)
 
 
+@pytest.fixture(autouse=True)
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
