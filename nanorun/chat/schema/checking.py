@@ -142,6 +142,8 @@ def _readable(node: Any, *, is_old: bool) -> Any:
     """The schema with OpenAPI 3.0's words in JSON Schema's, at the same places."""
     if isinstance(node, list):
         return [_readable(part, is_old=is_old) for part in node]
+    if isinstance(node, float):
+        return Decimal(str(node))  # as it was written; answers are Decimals too
     if not isinstance(node, dict):
         return node
     found = {

@@ -18,7 +18,7 @@ from nanorun.cli.interrupts import Interrupts
 from nanorun.cli.models import find_model
 from nanorun.cli.planning import log_memory, plan_opening
 from nanorun.cli.reply_output import JsonOutput, TextOutput
-from nanorun.errors import ExitCode, UsageError
+from nanorun.errors import ExitCode, NanorunError, UsageError
 
 if TYPE_CHECKING:
     from nanorun.model.chat import GenerateOptions, Grammar, Message
@@ -205,18 +205,26 @@ async def _answer(
     output: TextOutput | JsonOutput,
     interrupts: Interrupts,
 ) -> int:
+    from nanorun.chat.schema.following import SchemaCheck, checked
+
+    refusal = None
     try:
+        check = SchemaCheck(request)
         output.loading()
         info = await client.start()
         on_loaded()
         generation = client.generate(messages, request)
         interrupts.on_first = lambda: asyncio.ensure_future(generation.cancel())
-        async for event in generation:
-            output.receive(event)
+        async for event in checked(generation, check):
+            if event is not None:
+                output.receive(event)
+            refusal = getattr(event, "refusal", None)
         output.finish(info)
     finally:
         try:
             output.close()
         finally:
             await client.close()
+    if refusal is not None:
+        raise NanorunError(refusal)
     return ExitCode.INTERRUPTED if interrupts.count else ExitCode.OK
