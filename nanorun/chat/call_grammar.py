@@ -15,7 +15,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanorun.chat.tool_values import ToolSpec
+from nanorun.chat.schema.document import read_schema_text
+from nanorun.chat.schema.holding import Held, Holder, hold
 from nanorun.model.chat import Grammar
 
 _CLOSE = "\n</parameter>\n"
@@ -56,7 +57,7 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], *, call_tokens: tuple[int, 
 
 def _answer(answer: Grammar) -> str:
     if answer.kind == "json_schema":
-        return f"%json {answer.text}"
+        return f"%json {json.dumps(hold(read_schema_text(answer.text)).schema)}"
     if answer.kind == "regex":
         return f"/{_escape_slashes(answer.text)}/"
     return f"%lark {{\n{answer.text}\n}}"
@@ -79,56 +80,36 @@ def call_rules(
 
 
 def _function_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
-    spec = ToolSpec(function["name"], function.get("parameters") or {})
-    shared = {key: spec.schema[key] for key in ("$defs", "definitions") if key in spec.schema}
+    name = function["name"]
+    holder = Holder(function.get("parameters") or {})
+    properties, required = holder.parameters(f"tool {name}")
     parts, rules = [], []
-    for i, (name, schema) in enumerate(spec.parameters.items()):
+    for i, (parameter, schema) in enumerate(properties.items()):
+        if schema is False and parameter not in required:
+            continue
         argument = f"{rule}_{i}"
-        parts.append(argument if name in spec.required else f"{argument}?")
-        rules += _argument_rules(argument, name, schema, shared)
-    head = _literal(f"<function={spec.name}>\n")
+        parts.append(argument if parameter in required else f"{argument}?")
+        held = holder.hold(schema, f"tool {name}.{parameter}")
+        rules += _argument_rules(argument, parameter, held)
+    head = _literal(f"<function={name}>\n")
     return [f"{rule}: {' '.join([head, *parts])}", *rules]
 
 
-def _argument_rules(rule: str, name: str, schema: Any, shared: Mapping[str, Any]) -> list[str]:
+def _argument_rules(rule: str, name: str, schema: Held) -> list[str]:
     head = _literal(f"<parameter={name}>\n")
-    choices = _string_choices(schema)
-    if choices is not None:
+    choices = schema.choices
+    if choices and all(isinstance(choice, str) for choice in choices):
         values = " | ".join(_literal(choice) for choice in choices)
         return [f"{rule}: {head} ({values}) {_literal(_CLOSE)}"]
-    if _takes_strings(schema):
+    if schema.takes_strings:
         return [
             f"{rule}: {head} {rule}_text",
             f"{rule}_text[suffix={_literal(_CLOSE)}]: /(?s:.*)/",
         ]
-    full = {**schema, **shared} if isinstance(schema, Mapping) else schema
     return [
         f"{rule}: {head} {rule}_json {_literal(_CLOSE)}",
-        f"{rule}_json: %json {json.dumps(full)}",
+        f"{rule}_json: %json {json.dumps(schema.schema)}",
     ]
-
-
-def _string_choices(schema: Any) -> list[str] | None:
-    """The values of a string that may only be one of a few."""
-    if not isinstance(schema, Mapping):
-        return None
-    values = [schema["const"]] if "const" in schema else schema.get("enum")
-    if isinstance(values, list) and values and all(isinstance(v, str) for v in values):
-        return values
-    return None
-
-
-def _takes_strings(schema: Any) -> bool:
-    """Whether an argument is, or may be, raw text."""
-    if not isinstance(schema, Mapping):
-        return True
-    kinds = schema.get("type")
-    if kinds is not None:
-        return "string" in (kinds if isinstance(kinds, list) else [kinds])
-    options = schema.get("anyOf") or schema.get("oneOf")
-    if isinstance(options, list):
-        return any(_takes_strings(option) for option in options)
-    return not ({"$ref", "enum", "const", "allOf", "properties", "items"} & set(schema))
 
 
 def _literal(text: str) -> str:

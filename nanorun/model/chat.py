@@ -166,6 +166,8 @@ class Finished:
     timings: Timings = field(default_factory=Timings)
     stop_text: str | None = None
     """The stop string that ended the answer, if one did."""
+    refusal: str | None = None
+    """What a check found wrong with a complete answer that no grammar could hold to its schema."""
 
 
 @dataclass(frozen=True, slots=True)

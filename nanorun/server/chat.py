@@ -11,6 +11,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
+from nanorun.chat.schema.following import SchemaCheck, checked
 from nanorun.model.chat import (
     Event,
     Finished,
@@ -103,10 +104,11 @@ class ChatEndpoint:
     ) -> dict[str, Any]:
         reply = Reply(self._model_name)
         with self.admission.place():
-            async with aclosing(self._client.generate(messages, options)) as events:
-                async for event in events:
+            async with aclosing(self._client.generate(messages, options)) as generation:
+                async for event in checked(generation, SchemaCheck(options)):
                     _log_notice(event)
-                    reply.take(event)
+                    if event is not None:
+                        reply.take(event)
         return reply.completion()
 
     async def _chunks(
@@ -115,12 +117,13 @@ class ChatEndpoint:
         """The stream's bytes. What fails after its first chunk becomes an event of the stream."""
         reply = Reply(self._model_name)
         pause_s = self._settings.keepalive_s
+        check = SchemaCheck(options)
         has_begun = False
         with self.admission.place():
             try:
                 async with (
                     aclosing(self._client.generate(messages, options)) as generation,
-                    aclosing(sse.with_pauses(generation, pause_s)) as events,
+                    aclosing(sse.with_pauses(checked(generation, check), pause_s)) as events,
                 ):
                     self._streams[reply.id] = generation
                     async for event in events:

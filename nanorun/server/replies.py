@@ -121,6 +121,8 @@ class Reply:
             "role": "assistant",
             "content": None if self.tool_calls and not answer else answer,
         }
+        if self.finished.refusal is not None:
+            message["refusal"] = self.finished.refusal
         if self.thinking:
             message |= _reasoning("".join(self.thinking))
         if self.tool_calls:
@@ -156,7 +158,8 @@ class Reply:
                 numbered = {"index": len(self.tool_calls) - 1, **_call_object(call)}
                 return self._chunk({"tool_calls": [numbered]})
             case Finished():
-                last = self._chunk({}, self._reason(event))
+                refusal = {} if event.refusal is None else {"refusal": event.refusal}
+                last = self._chunk(refusal, self._reason(event))
                 if event.stop_text is not None:
                     last["choices"][0]["stop_reason"] = event.stop_text  # vLLM's name for it
                 return {**last, "timings": asdict(event.timings)}

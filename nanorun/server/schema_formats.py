@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanorun.model.chat import Grammar
 from nanorun.server.errors import ApiError
+
+_FORM = '{"type": "json_schema", "json_schema": {"name": NAME, "schema": SCHEMA}}'
 
 
 class JsonSchema(BaseModel):
@@ -25,6 +27,24 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_schema(cls, value: Any) -> Any:
+        """Take a schema from where other servers have it, if its meaning is plain."""
+        if not isinstance(value, dict):
+            return value
+        beside = value.get("schema")
+        wrapped = value.get("json_schema")
+        if value.get("type") in ("json_object", "json_schema") and beside is not None:
+            if wrapped is not None:
+                raise ValueError("it has both schema and json_schema; give one of them")
+            return {"type": "json_schema", "json_schema": {"name": "schema", "schema": beside}}
+        if isinstance(wrapped, dict) and "schema" not in wrapped:
+            if not wrapped.keys() & {"type", "properties", "$ref", "anyOf", "oneOf", "allOf"}:
+                raise ValueError(f"json_schema has no schema; the form is {_FORM}")
+            return {**value, "json_schema": {"name": "schema", "schema": wrapped}}
+        return value
 
     def schema_text(self) -> str | None:
         """The schema as JSON; None for free text."""

@@ -18,7 +18,7 @@ from nanorun.cli.interrupts import Interrupts
 from nanorun.cli.models import find_model
 from nanorun.cli.planning import log_memory, parse_draft, plan_opening
 from nanorun.cli.reply_output import JsonOutput, TextOutput
-from nanorun.errors import ExitCode, UsageError
+from nanorun.errors import ExitCode, NanorunError, UsageError
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import Think
 
@@ -208,18 +208,26 @@ async def _answer(
     output: TextOutput | JsonOutput,
     interrupts: Interrupts,
 ) -> int:
+    from nanorun.chat.schema.following import SchemaCheck, checked
+
+    refusal = None
     try:
+        check = SchemaCheck(request)
         output.loading()
         info = await client.start()
         on_loaded()
         generation = client.generate(messages, request)
         interrupts.on_first = lambda: asyncio.ensure_future(generation.cancel())
-        async for event in generation:
-            output.receive(event)
+        async for event in checked(generation, check):
+            if event is not None:
+                output.receive(event)
+            refusal = getattr(event, "refusal", None)
         output.finish(info)
     finally:
         try:
             output.close()
         finally:
             await client.close()
+    if refusal is not None:
+        raise NanorunError(refusal)
     return ExitCode.INTERRUPTED if interrupts.count else ExitCode.OK
