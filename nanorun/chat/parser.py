@@ -89,6 +89,11 @@ class ReplyParser:
         return self._mode == "thinking"
 
     @property
+    def in_call(self) -> bool:
+        """Whether the text is within a tool call, or what may become one."""
+        return self._reader is not None
+
+    @property
     def has_answered(self) -> bool:
         """Whether there was any answer: text, a tool call, or what may become one."""
         in_call = self._reader is not None

@@ -22,7 +22,7 @@ from nanorun.errors import EngineError, NanorunError
 from nanorun.model.chat import Event, Finished, ModelInfo
 from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn
-from nanorun.runtime.engine.request import compile_constraint, needs_constraint, prepare_request
+from nanorun.runtime.engine.request import compile_form, needs_form, prepare_request
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.measure.perplexity import score_text
 from nanorun.runtime.process import wire
@@ -52,7 +52,7 @@ from nanorun.runtime.process.frames import (
     Tokens,
 )
 from nanorun.runtime.process.wire import MalformedFrame
-from nanorun.runtime.reply.constraint import Constraint
+from nanorun.runtime.reply.constraint import Form
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Compiled:
     """A request that waited for its grammar."""
 
     request: Generate
-    outcome: Constraint | NanorunError | None
+    outcome: Form | NanorunError | None
 
     @property
     def id(self) -> str:
@@ -210,7 +210,7 @@ class Worker:
 
     def _answer(self, engine: Engine, request: Request | Compiled) -> None:
         match request:
-            case Generate() if needs_constraint(request.options):
+            case Generate() if needs_form(request.options):
                 self._compile(engine, request)
             case Generate():
                 self._generate(engine, request, None)
@@ -233,12 +233,9 @@ class Worker:
             case _:
                 raise EngineError(f"the engine has a model open and is asked to {request}")
 
-    def _generate(self, engine: Engine, asked: Generate, constraint: Constraint | None) -> None:
+    def _generate(self, engine: Engine, asked: Generate, form: Form | None) -> None:
         messages, options = list(asked.messages), asked.options
-        request = prepare_request(
-            asked.id, engine.model, messages, options, constraint, n_ctx=engine.context.n_ctx
-        )
-        engine.submit(request)
+        engine.submit(prepare_request(asked.id, engine.model, messages, options, form))
         self._ahead.interrupt(messages)
         self._turns[asked.id] = Turn(messages, options)
 
@@ -246,9 +243,9 @@ class Worker:
         """Compile a grammar in another thread; the request comes back with it."""
 
         def compile_it() -> None:
-            outcome: Constraint | NanorunError | None
+            outcome: Form | NanorunError | None
             try:
-                outcome = compile_constraint(engine.model, request.options)
+                outcome = compile_form(engine.model, request.options)
             except NanorunError as error:
                 outcome = error
             except Exception as error:  # nobody else would say so, and the request would wait

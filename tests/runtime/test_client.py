@@ -459,7 +459,7 @@ async def test_close_does_not_wait_for_the_end_of_a_batch(
 ) -> None:
     run_instead(
         "def step(engine):\n"  # one that only a cancellation ends
-        "    while not all(stream.cancelled for stream in engine._waiting):\n"
+        "    while not all(sequence.cancelled for sequence in engine._waiting):\n"
         "        time.sleep(0.01)\n"
         "    return []\n"
         "worker.Engine.step = step"

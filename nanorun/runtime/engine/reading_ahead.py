@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from nanorun.errors import NanorunError
 from nanorun.model.chat import Event, GenerateOptions, Message, TextDelta, ThinkingDelta
-from nanorun.runtime.engine.request import Request, prepare_anchor
+from nanorun.runtime.engine.request import Request, prepare_reading
 from nanorun.runtime.llama.loaded_model import LoadedModel
 
 _MOST_WAITING = 32
@@ -78,7 +78,7 @@ class ReadingAhead:
         requests = []
         for reply in turn.next_replies():
             try:
-                request = prepare_anchor(request_id, model, turn.messages, reply, turn.options)
+                request = prepare_reading(request_id, model, turn.messages, reply, turn.options)
             except NanorunError:  # nobody asked for it, so nobody is told
                 continue
             if request is not None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from nanorun.chat.markup import CALL, END_CALL, END_TEXT, END_TURN
+from nanorun.chat.markup import CALL, END_CALL, END_TEXT, END_THINK, END_TURN
 from nanorun.chat.template import ChatTemplate
 from nanorun.errors import EngineError, ModelError
 from nanorun.model.arch import HybridArch, arch_from_gguf
@@ -186,6 +186,16 @@ class LoadedModel:
         ends = self._single_token(END_TURN)
         end = ends[0] if ends else int(self._llama.llama_vocab_eos(self.vocab))
         return GrammarCompiler(self.vocab, end)
+
+    @cached_property
+    def closing_after_text(self) -> tuple[int, ...]:
+        r"""Tokens that end thinking where text stands before them (`\n</think>\n`)."""
+        return tuple(self.tokenize(f"\n{END_THINK}\n", special=True))
+
+    @cached_property
+    def closing_after_newline(self) -> tuple[int, ...]:
+        r"""Tokens that end thinking where a line has just ended (`</think>\n`)."""
+        return tuple(self.tokenize(f"{END_THINK}\n", special=True))
 
     @property
     def bos(self) -> int:

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from nanorun.errors import UsageError
 from nanorun.model.engine_options import EngineOptions
-from nanorun.runtime.llama.context import Context, Row
+from nanorun.runtime.llama.context import Context
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.row import Row
 
 N_ROWS = 128
 """Rows of logits held at once: 64 MiB at a vocabulary of 131,072."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -87,6 +87,14 @@ class Matcher:
     def consume(self, token: int) -> None:
         """Go on with a token; one that breaks the grammar shows in `allowed`."""
         self._matcher.consume_token(token)
+
+    def expected(self) -> list[int]:
+        """Tokens of the text that must follow; empty where there is a choice."""
+        return list(self._matcher.compute_ff_tokens())
+
+    def n_admitted(self, tokens: Sequence[int]) -> int:
+        """How many of some tokens may follow each other from here."""
+        return int(self._matcher.validate_tokens(list(tokens)))
 
     @property
     def is_over(self) -> bool:

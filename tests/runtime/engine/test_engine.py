@@ -64,7 +64,7 @@ def test_streams_that_outgrow_the_context_take_turns(pico_f32_gguf: Path) -> Non
         finished = rig.finished[request_id]
         assert isinstance(finished, Finished)
         assert finished.usage.completion_tokens == 120
-        assert len(rig.tokens[request_id]) == 120
+        assert len(rig.said(request_id)) == 120
         rig.check(request_id)
     rig.close()
 
@@ -89,7 +89,7 @@ def test_cancelling_a_suspended_request_ends_it(one_at_a_time: Rig) -> None:
     finished = rig.finished[slow]
     assert isinstance(finished, Finished)
     assert finished.reason == "cancelled"
-    assert finished.usage.completion_tokens == len(rig.tokens[slow]) > 0
+    assert finished.usage.completion_tokens == len(rig.said(slow)) > 0
     rig.run()
 
 
@@ -182,7 +182,7 @@ def test_cancelling_all_in_a_batch_leaves_idle_sequences_alone(pico_f32_gguf: Pa
     rig.strike(cancel_both)
     rig.step()
     rig.run()
-    again = rig.submit([*prompt(60, salt=2), *rig.tokens[idle], 50], n_tokens=3)
+    again = rig.submit([*prompt(60, salt=2), *rig.said(idle), 50], n_tokens=3)
     rig.run()
     finished = rig.finished[again]
     assert isinstance(finished, Finished)

@@ -29,7 +29,7 @@ def what_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
             raise UsageError("no")
         return (request_id, messages[0].content, reply.thinking)
 
-    monkeypatch.setattr(reading_ahead, "prepare_anchor", prepare)
+    monkeypatch.setattr(reading_ahead, "prepare_reading", prepare)
 
 
 def test_the_newest_turn_comes_first_and_each_once() -> None:
