@@ -18,6 +18,7 @@ from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.request import Request, build_dial
 from nanorun.runtime.llama.context import Context, Row
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.penalties import build_penalties
 from nanorun.runtime.sampling.draw import Ids, Logits
 from nanorun.runtime.sampling.sampler import Choice, Sampler
 from nanorun.runtime.sampling.settings import SamplingSettings
@@ -42,7 +43,7 @@ class RecordingSampler(Sampler):
     """A greedy sampler that keeps the logits it chose from."""
 
     def __init__(self, settings: SamplingSettings, n_vocab: int, log: list[np.ndarray]) -> None:
-        super().__init__(settings, n_vocab)
+        super().__init__(settings, build_penalties(settings, n_vocab))
         self._log = log
 
     def sample(self, logits: Logits, allowed: Ids | None = None) -> Choice:

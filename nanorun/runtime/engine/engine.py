@@ -13,7 +13,8 @@ from itertools import chain, count
 from nanorun.errors import ContextFull, NanorunError
 from nanorun.model.chat import EngineStats, Event, Finished, FinishReason
 from nanorun.model.engine_options import EngineOptions
-from nanorun.runtime.drafting.drafter import Guess, build_drafter, check_speculation
+from nanorun.runtime.drafting.choose import build_drafter, check_speculation
+from nanorun.runtime.drafting.drafter import Guess
 from nanorun.runtime.engine.admission import Admission
 from nanorun.runtime.engine.picking import Pick, TokenPicker
 from nanorun.runtime.engine.request import Request
@@ -25,6 +26,7 @@ from nanorun.runtime.engine.scheduler import (
 from nanorun.runtime.engine.stream import Stream
 from nanorun.runtime.llama.context import Aborted, CacheFull, Context, Row
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.penalties import build_penalties
 from nanorun.runtime.prompt_state.archive import Archive
 from nanorun.runtime.prompt_state.branch import Branch
 from nanorun.runtime.prompt_state.prefix_tree import PrefixTree
@@ -269,7 +271,9 @@ class Engine:
         self._running.append(stream)
         stream.start(branch)
         if stream.sampler is None:
-            stream.sampler = Sampler(stream.request.sampling, self.model.n_vocab, self.model.vocab)
+            settings = stream.request.sampling
+            penalties = build_penalties(settings, self.model.n_vocab, self.model.vocab)
+            stream.sampler = Sampler(settings, penalties)
 
     def _fit(self, plan: Plan) -> tuple[Plan, list[Stream]]:
         """Make room for a batch: who came last is suspended; who is alone has used it all up."""

@@ -1,0 +1,38 @@
+"""Which drafter options ask for, and whether a model can have it."""
+
+from __future__ import annotations
+
+from nanorun.errors import UsageError
+from nanorun.model.engine_options import EngineOptions
+from nanorun.runtime.drafting.drafter import Drafter, LookupDrafter, PlainDecoding
+from nanorun.runtime.drafting.mtp import MtpDrafter
+from nanorun.runtime.llama.context import Context
+from nanorun.runtime.llama.loaded_model import LoadedModel
+
+
+def build_drafter(context: Context, options: EngineOptions) -> Drafter:
+    """The drafter that options ask for."""
+    if options.speculation == "mtp":
+        return MtpDrafter(context, options)
+    return LookupDrafter(context) if options.speculation == "lookup" else PlainDecoding(context)
+
+
+def check_speculation(model: LoadedModel, options: EngineOptions) -> None:
+    """Refuse what would make the engine abort.
+
+    Raises:
+        UsageError: If the options cannot be meant for this model.
+    """
+    if options.speculation not in ("off", "lookup", "mtp"):
+        raise UsageError(
+            f"speculation {options.speculation!r} is not known",
+            facts=["it is off, lookup or mtp"],
+        )
+    if options.speculation != "off" and not 1 <= options.n_draft <= 16:
+        raise UsageError(f"n_draft {options.n_draft} is not between 1 and 16")
+    if options.speculation == "mtp" and not model.arch.n_layer_nextn:
+        raise UsageError(
+            f"{model.path.name} has no MTP head",
+            facts=["prompt lookup needs none"],
+            tries=[f"nanorun run {model.path} --draft lookup"],
+        )
