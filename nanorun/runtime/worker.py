@@ -162,7 +162,7 @@ class Worker:
             self._send(Failed(request_id, output))
             return
         if turn is not None:
-            turn.take(output)
+            turn.reply.take(output)
         self._send(Said(request_id, output))
         if isinstance(output, Finished):
             self._turns.pop(request_id, None)

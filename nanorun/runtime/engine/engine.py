@@ -22,6 +22,7 @@ from nanorun.runtime.engine.scheduler import last_in_turn, plan_rows, separate_g
 from nanorun.runtime.engine.sequence import Sequence
 from nanorun.runtime.llama.context import Aborted, CacheFull, Context
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.penalties import build_penalties
 from nanorun.runtime.llama.row import Row
 from nanorun.runtime.prompt_state.archive import Archive
 from nanorun.runtime.prompt_state.branch import Branch
@@ -115,9 +116,12 @@ class Engine:
         reply = None
         if request.reply is not None:
             self._stop_reading_ahead()
-            sampler = Sampler(request.reply.sampling, self.model.n_vocab, self.model.vocab)
-            reply = self._new_reply(request.reply, self.model, sampler, n_ctx - n_prompt)
+            reply = self._reply_to(request.reply, n_ctx - n_prompt)
         self._waiting.append(Sequence(request, next(self._orders), reply))
+
+    def _reply_to(self, settings: ReplySettings, n_most: int) -> Reply:
+        penalties = build_penalties(settings.sampling, self.model.n_vocab, self.model.vocab)
+        return self._new_reply(settings, self.model, Sampler(settings.sampling, penalties), n_most)
 
     def _stop_reading_ahead(self) -> None:
         for sequence in [s for s in (*self._waiting, *self._running) if s.is_read_only]:

@@ -8,10 +8,11 @@ Any request ends that at once; it goes on when the engine is idle again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from nanorun.errors import NanorunError
-from nanorun.model.chat import Event, GenerateOptions, Message, TextDelta, ThinkingDelta
+from nanorun.model.chat import GenerateOptions, Message
+from nanorun.model.reply_so_far import ReplySoFar
 from nanorun.runtime.engine.request import Request, prepare_reading
 from nanorun.runtime.llama.loaded_model import LoadedModel
 
@@ -25,22 +26,14 @@ class Turn:
 
     messages: list[Message]
     options: GenerateOptions
-    thinking: str = ""
-    answer: str = ""
-
-    def take(self, event: Event) -> None:
-        """Collect what was said."""
-        if isinstance(event, ThinkingDelta):
-            self.thinking += event.text
-        elif isinstance(event, TextDelta):
-            self.answer += event.text
+    reply: ReplySoFar = field(default_factory=ReplySoFar)
 
     def next_replies(self) -> list[Message]:
         """The reply in the forms in which the next turn may carry it, the likelier last."""
-        plain = Message("assistant", self.answer.strip())
-        if not self.thinking or self.options.echo_thinking is False:
+        plain = Message("assistant", self.reply.answer.strip())
+        if not self.reply.thinking or self.options.echo_thinking is False:
             return [plain]
-        full = replace(plain, thinking=self.thinking)
+        full = replace(plain, thinking=self.reply.thinking)
         return [full] if self.options.echo_thinking else [plain, full]
 
 

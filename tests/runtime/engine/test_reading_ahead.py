@@ -8,6 +8,7 @@ import pytest
 
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message
+from nanorun.model.reply_so_far import ReplySoFar
 from nanorun.runtime.engine import reading_ahead
 from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn
 
@@ -15,7 +16,8 @@ MODEL: Any = object()
 
 
 def turn(text: str, **options: Any) -> Turn:
-    return Turn([Message("user", text)], GenerateOptions(**options), "hm", f"re: {text}")
+    reply = ReplySoFar(thinking="hm", answer=f"re: {text}")
+    return Turn([Message("user", text)], GenerateOptions(**options), reply)
 
 
 @pytest.fixture(autouse=True)

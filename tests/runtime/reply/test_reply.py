@@ -78,7 +78,7 @@ def new_reply(n_most: int = 1000, **settings: Any) -> Reply:
     return Reply(
         ReplySettings(sampling, **settings),
         FakeVocabulary(),
-        Sampler(sampling, len(PIECES)),
+        Sampler(sampling),
         n_most,
     )
 
