@@ -56,6 +56,9 @@ from nanorun.runtime.reply.constraint import Form
 
 log = logging.getLogger(__name__)
 
+# Idle time after which next turns are read ahead. Who asks again at once (agents, evaluations) must
+# not find the engine busy with a guess.
+_READ_AHEAD_AFTER_S = 0.5
 # Idle time after which conversations that changed are written to disk.
 _SAVE_AFTER_S = 2.0
 # Between two of them; a save that goes on delays the next.
@@ -128,11 +131,9 @@ class Worker:
     def _serve(self, engine: Engine) -> None:
         while True:
             while not engine.busy or not self._inbox.empty():
-                if self._inbox.empty():
-                    self._read_ahead(engine)
-                    if engine.busy:
-                        break
                 request = self._next_request(engine)
+                if request is None:
+                    break
                 if isinstance(request, Close):
                     return
                 self._handle(engine, request)
@@ -146,10 +147,18 @@ class Worker:
                 for request_id, output in outputs:
                     self._deliver(engine, request_id, output)
 
-    def _next_request(self, engine: Engine) -> Request | Compiled:
-        """Wait for a request; when none comes for a while, use the time to save."""
+    def _next_request(self, engine: Engine) -> Request | Compiled | None:
+        """Wait for a request, and use the time that it takes to come.
+
+        Returns:
+            The request, or None if there is something to read ahead before it.
+        """
         with contextlib.suppress(queue.Empty):
-            return self._inbox.get(timeout=_SAVE_AFTER_S)
+            return self._inbox.get(timeout=_READ_AHEAD_AFTER_S)
+        if self._read_ahead(engine):
+            return None
+        with contextlib.suppress(queue.Empty):
+            return self._inbox.get(timeout=_SAVE_AFTER_S - _READ_AHEAD_AFTER_S)
         while engine.save_one():
             with contextlib.suppress(queue.Empty):
                 return self._inbox.get(timeout=_SAVE_PAUSE_S)
@@ -170,12 +179,13 @@ class Worker:
             if turn is not None and is_complete and engine.options.read_ahead:
                 self._ahead.add(request_id, turn)
 
-    def _read_ahead(self, engine: Engine) -> None:
-        """Use idle time to read what is known of next turns, one conversation at a time."""
+    def _read_ahead(self, engine: Engine) -> bool:
+        """Begin to read what is known of a conversation's next turn; whether there is any."""
         while not engine.busy and (requests := self._ahead.next(engine.model)) is not None:
             for request in requests:
                 with contextlib.suppress(NanorunError):  # nobody asked for it, so nobody is told
                     engine.submit(request)
+        return engine.busy
 
     def _listen(self) -> None:
         """Reader thread: signs of life and cancellations do not wait for the end of a batch."""

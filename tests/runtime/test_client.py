@@ -155,11 +155,18 @@ async def test_parallel_replies_do_not_mix(client: EngineClient) -> None:
     assert right >= 7
 
 
+async def read_ahead(client: EngineClient) -> None:
+    """Wait until nothing has been read for a while; asking at all puts reading ahead off."""
+    await asyncio.sleep(1.0)
+    n_used = -1
+    while n_used != (n_used := (await client.stats()).n_cells_used):
+        await asyncio.sleep(1.0)
+
+
 async def test_second_turn_reads_only_what_is_new(client: EngineClient) -> None:
     thinking, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
     turns = [*SUM, Message("assistant", answer, thinking=thinking), Message("user", "12 + 30")]
-    await client.tokenize("a moment for reading ahead")
-    await asyncio.sleep(0.2)
+    await read_ahead(client)
     progress = await anext(aiter(client.generate(turns, GenerateOptions())))
     assert isinstance(progress, PrefillProgress)
     new_text = "<|im_start|>user\n12 + 30<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -174,7 +181,7 @@ async def test_second_turn_reads_only_what_is_new_whether_thinking_comes_back_or
     unknown = GenerateOptions(echo_thinking=None)
     thinking, answer, _ = await collect(client.generate(SUM, unknown))
     reply = Message("assistant", answer, thinking=thinking if gives_back else None)
-    await asyncio.sleep(0.5)
+    await read_ahead(client)
     turns = [*SUM, reply, Message("user", "12 + 30")]
     _, _, finished = await collect(client.generate(turns, unknown))
     new_text = "<|im_start|>user\n12 + 30<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -191,7 +198,7 @@ async def test_second_turn_reads_only_what_is_new_although_others_were_answered(
     thinking, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
     _, _, of_other = await collect(other)
     assert of_other.usage.completion_tokens == 300  # it went on when the first had ended
-    await asyncio.sleep(0.5)
+    await read_ahead(client)
     turns = [*SUM, Message("assistant", answer, thinking=thinking), Message("user", "12 + 30")]
     _, _, finished = await collect(client.generate(turns, GenerateOptions()))
     new_text = "<|im_start|>user\n12 + 30<|im_end|>\n<|im_start|>assistant\n<think>\n"
@@ -303,6 +310,22 @@ def run_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         monkeypatch.setattr(child_module.sys, "executable", str(program))
 
     return prepare
+
+
+async def test_request_without_a_pause_finds_nothing_read_ahead(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    """Agents and evaluations ask again at once; reading ahead would only be in their way."""
+    run_instead("worker._READ_AHEAD_AFTER_S = worker._SAVE_AFTER_S = 3600")
+    thinking, answer, finished = await collect(client.generate(SUM, GenerateOptions()))
+    n_read = finished.usage.prompt_tokens + finished.usage.completion_tokens
+    await asyncio.sleep(1.0)
+    stats = await client.stats()
+    assert stats.n_running + stats.n_waiting == 0
+    assert stats.n_cells_used <= n_read  # the reply's own cells, and no next turn
+    turns = [*SUM, Message("assistant", answer, thinking=thinking), Message("user", "12 + 30")]
+    _, _, second = await collect(client.generate(turns, GenerateOptions()))
+    assert 0 < second.usage.cached_tokens < n_read
 
 
 async def test_child_that_hangs_in_one_batch_is_replaced(

@@ -16,6 +16,8 @@ from nanorun.runtime.prompt_state.prefixes import Tokens
 
 # Prompt tokens a batch may hold beside answering sequences.
 MAX_PREFILL_BESIDE_DECODE = 128
+# Tokens of a batch that only reads ahead: a request that comes meanwhile waits for its end.
+MAX_READ_AHEAD = 32
 
 
 class Schedulable(Protocol):
@@ -65,6 +67,8 @@ def plan_rows(sequences: Sequence[S], n_batch: int, n_ubatch: int) -> list[tuple
     n_left = min(n_batch, n_ubatch) - sum(len(row.tokens) for _, row in plan)
     if plan:
         n_left = min(n_left, MAX_PREFILL_BESIDE_DECODE)
+    elif all(sequence.is_read_only for sequence in in_turn):
+        n_left = min(n_left, MAX_READ_AHEAD)
     for sequence in in_turn:
         if sequence.in_prefill and sequence.branch is not None and n_left > 0:
             row = _prefill_row(sequence, sequence.branch, n_left)

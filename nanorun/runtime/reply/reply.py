@@ -269,13 +269,18 @@ class Reply:
         """A token that may stand here."""
         allowed = self._constraint.allowed() if self._constraint is not None else None
         choice = self._sampler.sample(logits, allowed)
-        ends = self._vocabulary.end_tokens
-        if choice.token in ends and self._owes_an_answer:
-            self._n_ends_refused += 1
-            choice = self._sampler.sample(logits, self._all_but(ends))
-        if self._reopens_thinking(choice.token):
-            choice = self._sampler.sample(logits, self._all_but([choice.token]))
+        refused: frozenset[int] = frozenset()
+        while more := self._refused(choice.token):
+            refused |= more
+            choice = self._sampler.sample(logits, self._all_but(refused))
         return choice
+
+    def _refused(self, token: int) -> frozenset[int]:
+        """Tokens that may not stand here, seeing that the model wants this one."""
+        if token in self._vocabulary.end_tokens and self._owes_an_answer:
+            self._n_ends_refused += 1
+            return self._vocabulary.end_tokens
+        return frozenset({token}) if self._reopens_thinking(token) else frozenset()
 
     @property
     def _owes_an_answer(self) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from nanorun.runtime.engine.scheduler import (
     MAX_PREFILL_BESIDE_DECODE,
+    MAX_READ_AHEAD,
     last_in_turn,
     plan_rows,
     separate_guesses,
@@ -27,7 +28,7 @@ class FakeSequence:
     background: bool = False
     order: int = 0
 
-    is_read_only = False
+    is_read_only: bool = False
 
     @property
     def prompt(self) -> Tokens:
@@ -115,3 +116,11 @@ def test_only_background_work_gives_way_to_an_interactive_sequence() -> None:
 def test_prefill_pauses_at_a_stop() -> None:
     ((_, row),) = plan_rows([FakeSequence(1000, 100, pauses={50, 100, 140})], 512, 512)
     assert len(row.tokens) == 40
+
+
+def test_what_nobody_waits_for_is_read_in_small_pieces() -> None:
+    ahead = FakeSequence(1000, 0, is_read_only=True)
+    ((_, row),) = plan_rows([ahead], n_batch=512, n_ubatch=512)
+    assert len(row.tokens) == MAX_READ_AHEAD
+    plan = plan_rows([ahead, FakeSequence(400, 0, 1)], n_batch=512, n_ubatch=512)
+    assert sum(len(row.tokens) for _, row in plan) == 512
