@@ -435,7 +435,7 @@ async def test_reply_cancelled_before_the_engine_is_ready_ends(client: EngineCli
 async def test_reply_cancelled_while_its_grammar_is_compiled_ends(
     client: EngineClient, run_instead: Callable[[str], None]
 ) -> None:
-    run_instead("worker.compile_constraint = lambda *args: time.sleep(1)")
+    run_instead("worker.compile_form = lambda *args: time.sleep(1)")
     generation = client.generate(SUM, GenerateOptions(grammar=Grammar("regex", "[0-9]+")))
     events = asyncio.create_task(collect(generation))
     await client.start()
