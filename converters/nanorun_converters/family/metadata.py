@@ -14,6 +14,7 @@ from nanorun import __version__
 from nanorun.model.arch import HybridArch, LayerKind
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role
+from nanorun.tokens.definition import KEY_JSON
 from nanorun_converters.family.tokenizer import Vocabulary
 from nanorun_converters.output.gguf_header import (
     AnyValue,
@@ -255,7 +256,9 @@ def tokenizer_keys(vocabulary: Vocabulary) -> dict[str, Value]:
         "add_bos_token": boolean(vocabulary.add_bos),
         "add_eos_token": boolean(vocabulary.add_eos),
     }
-    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | _templates(vocabulary)
+    named = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    whole = {KEY_JSON: string(vocabulary.json)} if vocabulary.json else {}
+    return named | whole | _templates(vocabulary)
 
 
 def _templates(vocabulary: Vocabulary) -> dict[str, Value]:
