@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nanorun.chat.call_grammar import call_grammar, reply_grammar
 from nanorun.chat.markup import END_THINK, THINK
 from nanorun.chat.parser import ReplyParser
 from nanorun.chat.prompt import RenderedPrompt
@@ -39,38 +38,6 @@ class Request:
     """Give way to requests that somebody waits for."""
     anchor: bool = False
     """Only read the prompt, in idle time, for the sake of the next turn."""
-
-
-def needs_constraint(options: GenerateOptions) -> bool:
-    """Whether `compile_constraint` has anything to do."""
-    one_call = bool(options.tools) and not options.parallel_tool_calls
-    strict = any(tool["function"].get("strict") for tool in options.tools)
-    return options.grammar is not None or options.tool_choice == "required" or one_call or strict
-
-
-def compile_constraint(model: LoadedModel, options: GenerateOptions) -> Constraint | None:
-    """The form that an answer is to have, if any; may take a second, in any thread.
-
-    Raises:
-        UsageError: If a grammar has no meaning, or a call is required and there are no tools.
-    """
-    must_call = options.tool_choice == "required"
-    if must_call and not options.tools:
-        raise UsageError("a tool call is required, but there are no tools")
-    if not needs_constraint(options):
-        return None
-    call_tokens = model.call_tokens
-    if options.grammar is None and not must_call:
-        call = model.grammars.compile(call_grammar(options.tools, call_tokens=call_tokens))
-        only_one = not options.parallel_tool_calls
-        return Constraint(call=call, call_token=call_tokens[0], ends_with_call=only_one)
-    reply = model.grammars.compile(
-        reply_grammar(
-            options.grammar, options.tools, parallel=options.parallel_tool_calls,
-            call_tokens=call_tokens,
-        )
-    )  # fmt: skip
-    return Constraint(reply=reply, call_token=call_tokens[0])
 
 
 def prepare_request(
