@@ -21,6 +21,7 @@ from typing import Any
 
 from nanorun.chat.schema.document import read_schema_text
 from nanorun.chat.schema.holding import Held, Holder, hold
+from nanorun.errors import UsageError
 from nanorun.model.chat import Grammar
 
 _CLOSE = "\n</parameter>\n"
@@ -110,7 +111,10 @@ def _loose_rules(rule: str, name: str) -> list[str]:
 
 def _function_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
     name = function["name"]
-    holder = Holder(function.get("parameters") or {})
+    parameters = function.get("parameters") or {}
+    if not isinstance(parameters, Mapping):
+        raise UsageError(f"tool {name}: parameters is {parameters!r}; it must be a schema")
+    holder = Holder(dict(parameters))
     properties, required = holder.parameters(f"tool {name}")
     optional = [key for key, schema in properties.items() if schema is not False]
     names = [*dict.fromkeys(required), *(key for key in optional if key not in required)]

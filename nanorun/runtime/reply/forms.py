@@ -59,7 +59,8 @@ def compile_constraint(model: LoadedModel, options: GenerateOptions) -> Compiled
     if must_call and not options.tools:
         raise UsageError("a tool call is required, but there are no tools")
     free_text = options.grammar is None and not must_call
-    if free_text and not _speaks(model) and not _insisted(options):
+    held_anyway = not free_text or bool(_insisted(options))
+    if not needs_constraint(options) or not (held_anyway or _speaks(model)):
         return CompiledForm(None)
     form = model.grammars.cached(_key(options), lambda: _compile(model, options))
     if form.make is None:
