@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
-from nanorun.model.chat import Event, Finished, ModelInfo
+from nanorun.model.chat import Event, Finished, ModelInfo, Notice
 from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn
-from nanorun.runtime.engine.request import compile_form, needs_form, prepare_request
+from nanorun.runtime.engine.request import prepare_request
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.measure.perplexity import score_text
 from nanorun.runtime.process import wire
@@ -53,6 +53,7 @@ from nanorun.runtime.process.frames import (
 )
 from nanorun.runtime.process.wire import MalformedFrame
 from nanorun.runtime.reply.constraint import Form
+from nanorun.runtime.reply.forms import CompiledForm, compile_form, needs_form
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Compiled:
     """A request that waited for its grammar."""
 
     request: Generate
-    outcome: Form | NanorunError | None
+    outcome: CompiledForm | NanorunError
 
     @property
     def id(self) -> str:
@@ -253,7 +254,7 @@ class Worker:
         """Compile a grammar in another thread; the request comes back with it."""
 
         def compile_it() -> None:
-            outcome: Form | NanorunError | None
+            outcome: CompiledForm | NanorunError
             try:
                 outcome = compile_form(engine.model, request.options)
             except NanorunError as error:
@@ -272,7 +273,9 @@ class Worker:
         self._compiling.discard(compiled.id)
         if isinstance(compiled.outcome, NanorunError):
             raise compiled.outcome
-        self._generate(engine, compiled.request, compiled.outcome)
+        for notice in compiled.outcome.notices:
+            self._send(Said(compiled.id, Notice(notice)))
+        self._generate(engine, compiled.request, compiled.outcome.form)
 
     def _score(self, engine: Engine, request: Score) -> None:
         def progress(n_done: int, n_total: int) -> None:

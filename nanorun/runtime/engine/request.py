@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nanorun.chat.call_grammar import call_grammar, reply_grammar
 from nanorun.chat.markup import THINK
 from nanorun.chat.prompt import RenderedPrompt
 from nanorun.errors import UsageError
@@ -37,38 +36,6 @@ class Request:
     """Give way to requests that somebody waits for."""
 
 
-def needs_form(options: GenerateOptions) -> bool:
-    """Whether `compile_form` has anything to do."""
-    one_call = bool(options.tools) and not options.parallel_tool_calls
-    strict = any(tool["function"].get("strict") for tool in options.tools)
-    return options.grammar is not None or options.tool_choice == "required" or one_call or strict
-
-
-def compile_form(model: LoadedModel, options: GenerateOptions) -> Form | None:
-    """The form that an answer is to have, if any; may take a second, in any thread.
-
-    Raises:
-        UsageError: If a grammar has no meaning, or a call is required and there are no tools.
-    """
-    must_call = options.tool_choice == "required"
-    if must_call and not options.tools:
-        raise UsageError("a tool call is required, but there are no tools")
-    if not needs_form(options):
-        return None
-    call_tokens = model.call_tokens
-    if options.grammar is None and not must_call:
-        call = model.grammars.compile(call_grammar(options.tools, call_tokens=call_tokens))
-        only_one = not options.parallel_tool_calls
-        return Form(call=call, call_token=call_tokens[0], ends_with_call=only_one)
-    reply = model.grammars.compile(
-        reply_grammar(
-            options.grammar, options.tools, parallel=options.parallel_tool_calls,
-            call_tokens=call_tokens,
-        )
-    )  # fmt: skip
-    return Form(reply=reply, call_token=call_tokens[0])
-
-
 def prepare_request(
     request_id: str,
     model: LoadedModel,
@@ -83,7 +50,7 @@ def prepare_request(
         model: The model.
         messages: The conversation.
         options: How to answer.
-        form: What `compile_form` made of the options.
+        form: What `forms.compile_form` made of the options.
 
     Raises:
         UsageError: If the options or messages make no sense.
