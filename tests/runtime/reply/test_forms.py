@@ -74,7 +74,7 @@ def model(pico_gguf: Path) -> LoadedModel:
 
 def starts(model: LoadedModel, options: GenerateOptions) -> list[str]:
     """Pieces of text with which a call may go on after `<tool_call>\\n<function=`."""
-    held = compile_form(model, options).constraint
+    held = compile_form(model, options).form
     assert held is not None
     for token in [model.call_tokens[0], *model.tokenize("\n<function=", special=False)]:
         held.take(token)
@@ -164,7 +164,7 @@ def test_same_tools_are_compiled_once(model: LoadedModel, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(GrammarCompiler, "compile", count)
     options = GenerateOptions(tools=(tool("once", PARAMETERS),))
-    first, second = (compile_form(model, options).constraint for _ in range(2))
+    first, second = (compile_form(model, options).form for _ in range(2))
     assert len(compiled) == 1
     assert first is not second
     compile_form(model, GenerateOptions(tools=options.tools, parallel_tool_calls=False))
