@@ -36,6 +36,9 @@ class Tokenizer(Protocol):
             special: Whether texts of markup in it become markup.
         """
 
+    def parts(self, text: str) -> Iterator[str]:
+        """A text in parts; their tokens one after the other are those of the text."""
+
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; those of markup are its text."""
 
@@ -66,10 +69,14 @@ class TrainedTokenizer:
         tokenizer = self._with_markup if special else self._plain
         text = text.encode("utf-8", "replace").decode("utf-8")
         ids: list[int] = []
-        for part in _parts(text) if self._may_cut else (text,):
+        for part in self.parts(text):
             # The batch form gives up the interpreter's lock.
             ids += tokenizer.encode_batch_fast([part], add_special_tokens=False)[0].ids
         return ids
+
+    def parts(self, text: str) -> Iterator[str]:
+        """A text in parts; their tokens one after the other are those of the text."""
+        return _parts(text) if self._may_cut else iter((text,))
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; those of markup are its text."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,12 @@ from nanorun.runtime.reply.constraint import Form
 from nanorun.runtime.reply.dial import template_effort
 from nanorun.runtime.reply.reply import ReplySettings
 from nanorun.runtime.sampling.settings import settle_sampling
+
+Check = Callable[[], None]
+"""Called now and then by work that takes long; raises if nobody waits for it any more."""
+
+SHORT_CHARS = 2**14
+"""Text of this length is tokenized in some milliseconds, less than a batch takes."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -36,14 +42,22 @@ class Request:
     """Give way to requests that somebody waits for."""
 
 
+def is_short(messages: Sequence[Message], options: GenerateOptions) -> bool:
+    """Whether `prepare_request` takes some milliseconds at most."""
+    n_chars = sum(len(m.content) + len(m.thinking or "") for m in messages)
+    others = (options.tools, *(m.tool_calls for m in messages))
+    return n_chars <= SHORT_CHARS and n_chars + sum(len(str(o)) for o in others if o) <= SHORT_CHARS
+
+
 def prepare_request(
     request_id: str,
     model: LoadedModel,
     messages: Sequence[Message],
     options: GenerateOptions,
     form: Form | None = None,
+    check: Check = lambda: None,
 ) -> Request:
-    """Render, tokenize and settle a request.
+    """Render, tokenize and settle a request; in any thread.
 
     Args:
         request_id: Its name.
@@ -51,6 +65,7 @@ def prepare_request(
         messages: The conversation.
         options: How to answer.
         form: What `forms.compile_form` made of the options.
+        check: Called now and then; what it raises ends the work.
 
     Raises:
         UsageError: If the options or messages make no sense.
@@ -60,7 +75,7 @@ def prepare_request(
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UsageError(f"max_tokens {options.max_tokens} is less than 1")
     rendered = _render(model, messages, options)
-    prompt, boundaries = tokenize_prompt(model, rendered)
+    prompt, boundaries = tokenize_prompt(model, rendered, check)
     thinks = not options.think.is_off and rendered.text.rstrip("\n").endswith(THINK)
     return Request(
         request_id, prompt, boundaries,
@@ -97,6 +112,7 @@ def prepare_reading(
     messages: Sequence[Message],
     reply: Message,
     options: GenerateOptions,
+    check: Check = lambda: None,
 ) -> Request | None:
     """What the next turn will begin with, known as soon as a reply is complete.
 
@@ -107,7 +123,7 @@ def prepare_reading(
     """
     following = [*messages, reply, Message("user", "?")]
     rendered = _render(model, following, options)
-    prompt, boundaries = tokenize_prompt(model, rendered)
+    prompt, boundaries = tokenize_prompt(model, rendered, check)
     i_next = len(messages) + 1
     ends = [
         position
@@ -132,12 +148,16 @@ def _render(
     )
 
 
-def tokenize_prompt(model: LoadedModel, rendered: RenderedPrompt) -> tuple[Tokens, tuple[int, ...]]:
+def tokenize_prompt(
+    model: LoadedModel, rendered: RenderedPrompt, check: Check = lambda: None
+) -> tuple[Tokens, tuple[int, ...]]:
     """Tokens of a prompt, shape `(n_prompt,)`, and the token positions of its boundaries."""
     tokens = array("i")
     positions: list[int] = []
     for stretch in rendered.stretches():
         for segment in stretch:
-            tokens.extend(model.tokenize_again(segment.text, segment.special))
+            for part in model.tokenizer.parts(segment.text):
+                check()
+                tokens.extend(model.tokenize_again(part, segment.special))
         positions.append(len(tokens))
     return np.array(tokens, np.int32), tuple(positions[:-1])

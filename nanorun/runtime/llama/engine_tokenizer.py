@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -38,6 +39,10 @@ class EngineTokenizer:
         cuts = [match.start() + 1 for match in self._defined_markup.finditer(text)]
         parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
         return [token for part in parts for token in self._tokenize(part, special=False)]
+
+    def parts(self, text: str) -> Iterator[str]:
+        """The text itself: where its pre-tokenizer could not tell is not known."""
+        yield text
 
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; control tokens give their text."""

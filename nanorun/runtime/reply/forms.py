@@ -31,6 +31,9 @@ class CompiledForm:
     notices: tuple[str, ...] = ()
 
 
+FREE = CompiledForm(None)
+
+
 @dataclass(frozen=True, slots=True)
 class _Grammar:
     """A compiled grammar, and what of the form it does not hold."""
@@ -61,7 +64,7 @@ def compile_form(model: LoadedModel, options: GenerateOptions) -> CompiledForm:
     free_text = options.grammar is None and not must_call
     held_anyway = not free_text or bool(_insisted(options))
     if not needs_form(options) or not (held_anyway or _speaks(model)):
-        return CompiledForm(None)
+        return FREE
     grammar = model.grammars.cached(_key(options), lambda: _compile(model, options))
     if grammar.make is None:
         return CompiledForm(None, grammar.notices)
