@@ -68,6 +68,8 @@ class Rig:
         self.prompts: dict[str, list[int]] = {}
         self.replies: dict[str, RecordingReply] = {}
         self.finished: dict[str, Finished | NanorunError] = {}
+        self.batches: list[list[int]] = []
+        """Tokens of each row, of every batch that was evaluated; a restart does not reset it."""
         self.open()
 
     def reopen(self) -> None:
@@ -79,11 +81,26 @@ class Rig:
         """Load the model."""
         model = LoadedModel(self.path, self.options)
         self.engine = Engine(model, self.options, self._new_reply)
+        self._count_batches()
         alone = replace(
             self.options, n_ctx=self.options.n_ctx + 256, n_parallel=2, n_seq_spare=0,
             state_dir=None, speculation="off",
         )  # fmt: skip
         self._fresh = Context(self.engine.model, alone)
+
+    def _count_batches(self) -> None:
+        decode = self.engine.memory.decode
+
+        def counted(rows: Sequence[Row]) -> list[int | None]:
+            self.batches.append([len(row.tokens) for row in rows])
+            return decode(rows)
+
+        self.engine.memory.decode = counted  # type: ignore[method-assign]
+
+    @property
+    def n_evaluated(self) -> int:
+        """Tokens that all replies together have cost so far, guesses included."""
+        return sum(sum(batch) for batch in self.batches)
 
     def _new_reply(self, *args: Any) -> Reply:
         self._newest = RecordingReply(*args)

@@ -265,7 +265,8 @@ class Engine:
         if len(self._running) >= self.options.n_parallel:
             return False
         n_needed = self.tree.n_cells_needed(self._admission.match(sequence)) + _MIN_REPLY_CELLS
-        return n_needed <= self.tree.n_cells_obtainable()
+        n_promised = sum(other.n_to_read for other in self._running)
+        return n_needed + n_promised <= self.tree.n_cells_obtainable()
 
     def _suspend(self, sequence: Sequence) -> None:
         """Take a sequence's branch away; it goes on when there is room again."""

@@ -67,9 +67,14 @@ class Sequence:
         return self.branch.n_tokens if self.branch else 0
 
     @property
+    def n_to_read(self) -> int:
+        """Prompt tokens that are left to evaluate."""
+        return max(0, len(self.prompt) - self.n_evaluated)
+
+    @property
     def in_prefill(self) -> bool:
-        """Whether prompt tokens are left to evaluate."""
-        return self.n_evaluated < len(self.prompt)
+        """Whether there are any."""
+        return self.n_to_read > 0
 
     def start(self, branch: Branch) -> None:
         """Begin, or go on after a suspension, in a branch that holds some of the tokens."""
