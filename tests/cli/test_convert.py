@@ -16,6 +16,7 @@ from nanorun.errors import ExitCode, UsageError
 from nanorun.model.gguf import read_gguf
 from tests.support.hub_server import REPOSITORY, serve_hub
 from tests.support.source_models import Tensors, write_source_model
+from tests.support.waiting import PATIENCE_S
 
 KEYS = {
     "path", "bytes", "n_tensors", "n_params", "bpw", "recipe", "types", "padding", "seconds",
@@ -30,7 +31,7 @@ def source(tmp_path: Path) -> Path:
 
 def nanorun(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nanorun", "convert", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_conversion_prints_what_each_role_became_and_why(source: Path, tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_ctrl_c_on_a_terminal_is_exit_code_130_and_can_be_gone_on_from(tmp_path:
         process.send_signal(signal.SIGINT)
         while chunk := read_terminal(terminal):
             shown += chunk
-        stdout, _ = process.communicate(timeout=30)
+        stdout, _ = process.communicate(timeout=PATIENCE_S)
     os.close(terminal)
     assert process.returncode == ExitCode.INTERRUPTED
     assert b"stopped; source-iq4_nl.gguf was not written" in shown
@@ -218,7 +219,7 @@ def test_repository_on_the_hub_is_a_source_by_name(tmp_path: Path) -> None:
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-m", "nanorun", "convert", f"{REPOSITORY}@main", "--json"]
         run = subprocess.run(
-            command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=60,
+            command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=PATIENCE_S,
             env={**os.environ, **environment},
         )  # fmt: skip
     assert run.stderr == ""

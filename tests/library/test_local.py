@@ -12,6 +12,7 @@ from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.library.bundled import BUNDLED_MODELS, BundledFiles
 from nanorun.library.local import models_folder, resolve_model
 from nanorun_converters.options import ConvertOptions
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ class Converter:
         assert options.out is not None
         options.out.write_text("half")
         if self.barrier is not None:
-            self.barrier.wait(timeout=30)
+            self.barrier.wait(timeout=PATIENCE_S)
         if self.error is not None:
             raise self.error
         if progress is not None:

@@ -15,6 +15,7 @@ from nanorun_converters.source.files import LocalFiles
 from nanorun_converters.source.open import open_source
 from nanorun_converters.source.source_model import decode
 from tests.support.source_models import encode, write_json, write_source_model
+from tests.support.waiting import PATIENCE_S
 
 INDEX = "model.safetensors.index.json"
 
@@ -162,7 +163,7 @@ class _Gate:
 
     def read(self, offset: int, n_bytes: int) -> Any:
         if not self._is_open:
-            self._barrier.wait(timeout=10)
+            self._barrier.wait(timeout=PATIENCE_S)
             self._is_open = True
         return self._store.read(offset, n_bytes)
 
