@@ -71,6 +71,11 @@ _INERT = frozenset(
     chunk_size mamba_chunk_size expand mamba_expand mamba_ssm_cache_dtype residual_in_fp32
     rope_theta rope_scaling rope_parameters partial_rotary_factor
     moe_shared_expert_overlap mtp_block_configs quantization_config
+    attn_implementation _attn_implementation _attn_implementation_autoset _commit_hash
+    unsloth_version unsloth_fixed trust_remote_code tokenizer_class model_max_length
+    max_length min_length top_k top_p temperature do_sample num_beams repetition_penalty
+    is_decoder pretraining_tp gradient_checkpointing
+    problem_type finetuning_task num_labels
     """.split()  # noqa: SIM905
 )
 

@@ -160,8 +160,9 @@ class LocalFiles:
         return len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--")
 
     def names(self) -> list[str]:
-        """The names of all files, sorted."""
-        return sorted(path.name for path in self.where.iterdir())
+        """The names of all files, sorted, without what macOS leaves beside them (`._NAME`)."""
+        names = (path.name for path in self.where.iterdir())
+        return sorted(name for name in names if not name.startswith("._"))
 
     def find(self, name: str) -> Store | None:
         """The file of this plain name, or None where there is none."""

@@ -6,10 +6,12 @@ tensor's meaning is known here.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import PurePath
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -140,8 +142,14 @@ def read_json(store: Store, where: str) -> dict[str, Any]:
 def _read_text(store: Store, where: str) -> str:
     if store.n_bytes > MAX_JSON_BYTES:
         raise ModelError(f"{where}: expected at most {MAX_JSON_BYTES} bytes, found {store.n_bytes}")
+    raw = store.read(0, store.n_bytes).tobytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ModelError(
+            f"{where}: expected text in UTF-8, found UTF-16",
+            tries=[f"iconv -f UTF-16 -t UTF-8 {quote(where)} > NEW"],
+        )
     try:
-        return store.read(0, store.n_bytes).tobytes().decode("utf-8")
+        return raw.decode("utf-8-sig")  # editors on Windows put a byte order mark first
     except UnicodeDecodeError as error:
         raise ModelError(f"{where}: no text in UTF-8", facts=[str(error)]) from error
 
