@@ -77,6 +77,8 @@ class ConvertResult:
     peak_rss_bytes: int
     """Most memory this process ever had resident."""
     resumed: bool
+    notes: tuple[str, ...]
+    """What was passed over or decided about the source."""
 
 
 def convert(
@@ -135,6 +137,7 @@ def summarize(
         seconds=round(time.monotonic() - started, 3),
         peak_rss_bytes=_peak_rss_bytes(),
         resumed=resumed,
+        notes=plan.notes,
     )
 
 

@@ -35,6 +35,7 @@ SHA256_HEX_LENGTH = 64
 _NEXTN = "nextn_predict_layers"
 _PADDING = "nanorun.padding"
 _HASHES = "nanorun.source.sha256"
+_IGNORED = "nanorun.ignored_fields"
 
 # enum llama_ftype of llama.h for a file that is mostly of one type. The engine only prints it.
 _FILE_TYPES = {
@@ -85,6 +86,8 @@ class Provenance:
     """NVFP4 tensors that want activations of more than 4 bits."""
     search: Sequence[str] = ()
     """What a search found, `name=type:cost` a tensor."""
+    ignored_fields: Sequence[str] = ()
+    """`name=value` of the fields of config.json that were passed over."""
 
 
 def build_metadata(
@@ -283,6 +286,7 @@ def _nanorun(source: SourceModel, arch: HybridArch, provenance: Provenance) -> d
         # Not known before all of the source was read; as many zeros take their place.
         _HASHES: string(("0" * SHA256_HEX_LENGTH,) * len(source.stores)),
         _PADDING: string(tuple(provenance.padding)),
+        **({_IGNORED: string(ignored)} if (ignored := tuple(provenance.ignored_fields)) else {}),
         "nanorun.bytes_by_role": string(by_role),
     }
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanorun.errors import UsageError
 from nanorun.model.arch import HybridArch
-from nanorun_converters.family.config import arch_from_config, text_config
+from nanorun_converters.family.config import arch_from_config, ignored_entries, text_config
 from nanorun_converters.family.tokenizer import TOKENIZER_FILE, Vocabulary, read_vocabulary
 from nanorun_converters.opened.from_gguf import is_gguf, open_gguf
 from nanorun_converters.options import ConvertOptions
@@ -43,6 +44,8 @@ class OpenedModel:
     """Its generation_config.json."""
     carried: Mapping[str, RawValue] | None = None
     """Metadata of the GGUF that is the source, if it is one."""
+    ignored_fields: tuple[str, ...] = ()
+    """`name=value` of the fields of config.json that were passed over."""
 
 
 def open_model(
@@ -57,19 +60,29 @@ def open_model(
 
     Raises:
         ModelError: If it is damaged or not supported.
+        UsageError: If an option cannot be meant for it.
     """
-    keep_mtp = options.keep_mtp
+    keep_mtp, ignored = options.keep_mtp, tuple(dict.fromkeys(options.ignored_fields))
     if isinstance(source, Path) and is_gguf(source):
+        if ignored:
+            raise UsageError(
+                f"--ignore-field {ignored[0]}: {source} is a GGUF, without config.json"
+            )
         gguf = open_gguf(source, keep_mtp=keep_mtp)
         return OpenedModel(gguf.model, gguf.arch, tuple(gguf.tensors), carried=gguf.metadata)
     opened = open_source(source, needs_weights=needs_weights)
     config = opened.read_json(CONFIG_FILE)
     scheme = read_scheme(opened, config)
     where, again = str(opened.origin / CONFIG_FILE), options.again(opened.files.argument)
-    arch = arch_from_config(config, where, keep_mtp=keep_mtp, again=again)
+    arch = arch_from_config(config, where, keep_mtp=keep_mtp, ignored=ignored, again=again)
+    entries = ignored_entries(config, ignored)
+    for entry in entries:
+        opened.tell(f"{where}: {entry}: passed over, as --ignore-field says")
     tensors = plan_tensors(opened, arch, keep_mtp=keep_mtp)
     vocabulary = None
     if needs_weights or opened.files.find(TOKENIZER_FILE) is not None:
         vocabulary = read_vocabulary(opened, text_config(config), arch.n_vocab)
     generation = opened.find_json(GENERATION_FILE) or {}
-    return OpenedModel(opened, arch, tuple(tensors), vocabulary, scheme, generation)
+    return OpenedModel(
+        opened, arch, tuple(tensors), vocabulary, scheme, generation, ignored_fields=entries
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -79,6 +79,13 @@ class SourceModel:
     tensors: dict[str, SourceTensor]
     stores: tuple[Store, ...]
     """The files of weights, by name."""
+    notes: list[str] = field(default_factory=list)
+    """What was passed over or decided on the way; each part that reads the model adds to it."""
+
+    def tell(self, note: str) -> None:
+        """Add a note, once."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     @property
     def origin(self) -> PurePath:

@@ -155,6 +155,15 @@ def command(
             "--no-mtp", help="Leave a multi-token prediction head out.", rich_help_panel=_TYPES
         ),
     ] = False,
+    ignore_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore-field",
+            metavar="NAME",
+            help="Pass over a field of config.json that is not understood, and write so into the"
+            " file; repeatable.",
+        ),
+    ] = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Turn a source model (safetensors) into a quantized GGUF.
@@ -174,8 +183,11 @@ def command(
         target_bpw=target_bpw, imatrix=imatrix, feedback=feedback, quantizer=quantizer,
         n_threads=n_threads, force=force, dry_run=dry_run, keep_mtp=not no_mtp,
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size),
+        ignored_fields=tuple(ignore_field or ()),
     )  # fmt: skip
     plan = plan_conversion(source_named(source), options)
+    for text in plan.notes:
+        note(text)
     if dry_run:
         result = summarize(plan, plan.lay_out(), started)
     else:

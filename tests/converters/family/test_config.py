@@ -194,6 +194,9 @@ def test_field_that_changes_the_maths_is_refused_by_name(name: str) -> None:
         ("gradient_checkpointing", True),
         ("num_labels", 2),
         ("trust_remote_code", True),
+        ("repetition_penalty", 1.1),
+        ("num_return_sequences", 1),
+        ("typical_p", 1.0),
     ],
 )
 def test_bookkeeping_does_not_change_the_shape(name: str, value: Any) -> None:
