@@ -47,6 +47,9 @@ class ConvertOptions:
     ignored_fields: tuple[str, ...] = ()
     """Fields of config.json to leave out of account, though nobody knows what they do."""
 
+    chat_template: str | None = None
+    """A file with the chat template to write, or `family`; None for the source's own."""
+
     def command(self, source: str, **changes: Any) -> str:
         """The command line that asks for the same of `source`.
 
@@ -82,6 +85,7 @@ _FLAGS = {
     "--threads": "n_threads",
     "--split-max-size": "split_max_bytes",
     "--no-mtp": "keep_mtp",
+    "--chat-template": "chat_template",
     "--out": "out",
     "--force": "force",
     "--dry-run": "dry_run",

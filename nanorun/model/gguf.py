@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from nanorun.errors import ModelError
 from nanorun.model.ggml_type import GgmlType
+from nanorun.model.lookalikes import HEAD_BYTES, look_alike
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -40,8 +41,7 @@ MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 
 _READ_AHEAD_BYTES = 2**20
-# llama.cpp finds the other files of a split by this form of the first one's name, and no other.
-_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})\.gguf")
+_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})(\.gguf)", re.IGNORECASE)
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
@@ -229,7 +229,9 @@ def _split_paths(first: GgufFile) -> list[Path]:
         return [first.path]
     path, number = first.path, first.require(KEY_SPLIT_NO, int)
     if number != 0:
-        start = re.sub(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", str(path))
+        start = re.sub(
+            r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", str(path), flags=re.IGNORECASE
+        )
         raise ModelError(
             f"{path} is file {number + 1} of the {n_files} that a model is split into",
             facts=[f"a split model is opened by its first file, {start}"],
@@ -238,7 +240,9 @@ def _split_paths(first: GgufFile) -> list[Path]:
     if named is None or int(named[2]) != n_files:
         expected = f"a name that ends in -00001-of-{n_files:05}.gguf"
         raise ModelError(f"{path}: key {KEY_SPLIT_COUNT!r}: {n_files} files: expected {expected}")
-    return [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[2]}.gguf") for i in range(n_files)]
+    return [
+        path.with_name(f"{named[1]}-{i + 1:05}-of-{named[2]}{named[3]}") for i in range(n_files)
+    ]
 
 
 def _check_number(file: GgufFile, number: int, n_files: int) -> None:
@@ -292,7 +296,7 @@ class _Reader:
     def _read_counts(self) -> tuple[int, int, int]:
         magic = self._bytes(4)
         if magic != MAGIC:
-            self._refuse("magic 'GGUF'", repr(magic.decode("latin-1")))
+            self._refuse_magic(magic)
         version = self._number("I")
         if version not in (2, 3):
             big_endian = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
@@ -301,6 +305,17 @@ class _Reader:
         self._check_count("tensors", n_tensors, _MIN_TENSOR_BYTES)
         self._check_count("keys", n_keys, _MIN_KEY_BYTES)
         return version, n_tensors, n_keys
+
+    def _refuse_magic(self, magic: bytes) -> NoReturn:
+        rest = min(HEAD_BYTES, self.file_bytes) - len(magic)
+        found = look_alike(magic + self._bytes(max(0, rest)), str(self.path))
+        if found is None:
+            self._refuse("magic 'GGUF'", repr(magic.decode("latin-1")))
+        raise ModelError(
+            f"{self.path}: {self.where}: expected a GGUF file, found {found.what}",
+            facts=found.facts,
+            tries=found.tries,
+        )
 
     def _read_metadata(self, n_keys: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}

@@ -35,6 +35,7 @@ SHA256_HEX_LENGTH = 64
 _NEXTN = "nextn_predict_layers"
 _PADDING = "nanorun.padding"
 _HASHES = "nanorun.source.sha256"
+TEMPLATE_KEY = "tokenizer.chat_template"
 _IGNORED = "nanorun.ignored_fields"
 
 # enum llama_ftype of llama.h for a file that is mostly of one type. The engine only prints it.
@@ -265,7 +266,7 @@ def _templates(vocabulary: Vocabulary) -> dict[str, Value]:
     templates = dict(vocabulary.chat_templates)
     keys = {}
     if "default" in templates:
-        keys["tokenizer.chat_template"] = string(templates.pop("default"))
+        keys[TEMPLATE_KEY] = string(templates.pop("default"))
     if templates:
         keys["tokenizer.chat_templates"] = string(tuple(templates))
         keys |= {f"tokenizer.chat_template.{name}": string(t) for name, t in templates.items()}

@@ -52,6 +52,10 @@ class GgufFiles:
         """None, whatever the name."""
         return None
 
+    def modified(self, name: str) -> int | None:
+        """None: when a file was written says nothing here."""
+        return None
+
     def give_up(self) -> None:
         """Nothing to do: a disk answers soon."""
 
@@ -69,7 +73,7 @@ class GgufSource:
 
 def is_gguf(path: Path) -> bool:
     """Whether a path names a GGUF rather than a folder."""
-    return path.suffix == SUFFIX and not path.is_dir()
+    return path.suffix.lower() == SUFFIX and not path.is_dir()
 
 
 def open_gguf(path: Path, *, keep_mtp: bool = True) -> GgufSource:

@@ -10,7 +10,7 @@ from nanorun.chat.call_grammar import call_grammar, reply_grammar
 from nanorun.chat.markup import END_THINK, THINK
 from nanorun.chat.parser import ReplyParser
 from nanorun.chat.prompt import RenderedPrompt
-from nanorun.errors import UsageError
+from nanorun.errors import ModelError, UsageError
 from nanorun.model.chat import GenerateOptions, Message
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.reply.constraint import Constraint
@@ -94,6 +94,7 @@ def prepare_request(
 
     Raises:
         UsageError: If the options or messages make no sense.
+        ModelError: If the model's template makes nothing of the messages.
     """
     if not messages:
         raise UsageError("there are no messages to answer")
@@ -102,6 +103,10 @@ def prepare_request(
     thinking = not options.think.is_off
     rendered = _render(model, messages, options, thinking)
     prompt, boundaries = tokenize_prompt(model, rendered)
+    if not prompt:  # nothing to read is nothing to go on from: the engine would wait for it
+        raise ModelError(
+            f"the chat template of {model.path.name} makes no prompt of these messages"
+        )
     thinking = thinking and rendered.text.rstrip("\n").endswith(THINK)
     if constraint is not None and not thinking:
         constraint.answer_begins()
