@@ -172,7 +172,8 @@ def _neighbours(path: Path) -> list[str]:
     names: list[str] = []
     with suppress(OSError, ValueError):
         names = [file.name for file in _ggufs(path.parent)]
-    nearest = difflib.get_close_matches(path.name, names, n=3)
+    name_of = {name.lower(): name for name in names}
+    nearest = [name_of[n] for n in difflib.get_close_matches(path.name.lower(), name_of, n=3)]
     return [f"nearest: {', '.join(nearest)}"] if nearest else []
 
 

@@ -45,7 +45,8 @@ _SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})(\.gguf)", re.IGNORECASE)
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 
-_UINT32, _STRING, _ARRAY, _BOOL = 4, 8, 9, 7
+_UINT16, _UINT32, _STRING, _ARRAY, _BOOL = 2, 4, 8, 9, 7
+_NEEDED_TYPES = {KEY_ALIGNMENT: _UINT32, KEY_SPLIT_NO: _UINT16}
 _NUMBER_FORMATS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
@@ -326,8 +327,11 @@ class _Reader:
             if key in metadata:
                 self._refuse("each key once", "it a second time")
             type_id = self._number("I")
-            if key == KEY_ALIGNMENT and type_id != _UINT32:
-                self._refuse(f"type {_UINT32} (u32)", f"type {type_id}")
+            # The engine's process ends on another type of these two.
+            needed = _NEEDED_TYPES.get(key, type_id)
+            if type_id != needed:
+                name = "u32" if needed == _UINT32 else "u16"
+                self._refuse(f"type {needed} ({name})", f"type {type_id}")
             metadata[key] = self._array() if type_id == _ARRAY else self._value(type_id)
         return metadata
 
