@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from nanorun.errors import ModelError
 from nanorun.model.gguf import GgufFile
+from nanorun.model.loadable import check_loadable
 
 ARCHITECTURES = ("nemotron_h", "nemotron_h_moe")
 """llama.cpp's names of the architectures; the second has experts."""
@@ -258,6 +259,7 @@ def arch_from_gguf(gguf: GgufFile) -> HybridArch:
             f"{gguf.path}: not a Nemotron-H model: general.architecture is {gguf.architecture!r}",
             facts=[f"nanorun runs {' and '.join(ARCHITECTURES)}"],
         )
+    check_loadable(gguf)
     arch = _ArchKeys(gguf).read()
     try:
         arch.validate()
@@ -328,8 +330,9 @@ class _ArchKeys:
             n_latent=self._int("moe_latent_size", 0),
             expert_weights_scale=self._float("expert_weights_scale", 1.0),
             expert_weights_norm=self._find("expert_weights_norm", bool, False),
-            n_expert_group=self._int("expert_group_count", 1),
-            n_expert_group_used=self._int("expert_group_used_count", 1),
+            # None and 0 are one group, for the engine as well.
+            n_expert_group=self._int("expert_group_count", 1) or 1,
+            n_expert_group_used=self._int("expert_group_used_count", 1) or 1,
             n_layer_nextn=self.n_layer_nextn,
             tied_embeddings="output.weight" not in self.gguf.tensors,
             n_ff_exp_per_layer=n_ff_exp_per_layer,

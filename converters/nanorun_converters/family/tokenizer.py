@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from nanorun.errors import ModelError
 from nanorun.tokens.definition import added_token
 from nanorun.tokens.families import LLAMA3_REGEX, TEKKEN_REGEX
+from nanorun_converters.family.templates import DEFAULT, read_chat_templates
 from nanorun_converters.source.source_model import SourceModel
 
 log = logging.getLogger(__name__)
@@ -64,13 +65,16 @@ class Vocabulary:
     """The tokenizer.json, complete: with the tokens that only its companions name."""
 
 
-def read_vocabulary(source: SourceModel, config: dict[str, Any], n_vocab: int) -> Vocabulary:
+def read_vocabulary(
+    source: SourceModel, config: dict[str, Any], n_vocab: int, template: str | None = None
+) -> Vocabulary:
     """Read the tokenizer of a source model.
 
     Args:
         source: The source model.
         config: Its config.json.
         n_vocab: Rows of its embedding.
+        template: The chat template to take instead of the source's, if a person chose one.
 
     Raises:
         ModelError: If a part of it is missing, damaged, or has no counterpart in the engine.
@@ -78,48 +82,18 @@ def read_vocabulary(source: SourceModel, config: dict[str, Any], n_vocab: int) -
     reader = _Reader(source, config, n_vocab)
     tokens, types = reader.tokens()
     add_bos, add_eos = reader.added_ends()
-    templates = read_chat_templates(source)
+    templates = read_chat_templates(source) if template is None else {DEFAULT: template}
     return Vocabulary(
         pre=reader.pre_tokenizer(),
         tokens=tokens,
         types=types,
         merges=reader.merges(tokens),
-        special_ids=reader.special_ids(tokens, templates.get("default", "")),
+        special_ids=reader.special_ids(tokens, templates.get(DEFAULT, "")),
         add_bos=add_bos,
         add_eos=add_eos,
         chat_templates=templates,
         json=reader.complete_json(),
     )
-
-
-def read_chat_templates(source: SourceModel) -> dict[str, str]:
-    """The chat templates by name; a file of its own wins over tokenizer_config.json, as in
-    transformers.
-    """
-    text = source.find_text("chat_template.jinja")
-    if text is not None:
-        return {"default": text}
-    for file in ("chat_template.json", "tokenizer_config.json"):
-        value = (source.find_json(file) or {}).get("chat_template")
-        if isinstance(value, str):
-            return {"default": value}
-        if isinstance(value, list):
-            return _named_templates(value, f"{source.origin / file}")
-    return {}
-
-
-def _named_templates(entries: list[Any], where: str) -> dict[str, str]:
-    templates: dict[str, str] = {}
-    for entry in entries:
-        name, text = (
-            (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (0, 0)
-        )
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ModelError(
-                f"{where}: chat_template: expected name and template, found {entry!r:.80}"
-            )
-        templates[name] = text
-    return templates
 
 
 class _Reader:

@@ -154,7 +154,7 @@ def read_profile(path: Path) -> Hardware:
         UsageError: If the file is none.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
         data = data.get("hardware", data) if isinstance(data, dict) else data
         return Hardware(
             name=data["name"],

@@ -11,7 +11,7 @@ import numpy as np
 
 from nanorun.chat.markup import THINK
 from nanorun.chat.prompt import RenderedPrompt
-from nanorun.errors import UsageError
+from nanorun.errors import ModelError, UsageError
 from nanorun.model.chat import GenerateOptions, Message
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.prompt_state.prefixes import Tokens
@@ -69,6 +69,7 @@ def prepare_request(
 
     Raises:
         UsageError: If the options or messages make no sense.
+        ModelError: If the model's template makes nothing of the messages.
     """
     if not messages:
         raise UsageError("there are no messages to answer")
@@ -76,6 +77,10 @@ def prepare_request(
         raise UsageError(f"max_tokens {options.max_tokens} is less than 1")
     rendered = _render(model, messages, options)
     prompt, boundaries = tokenize_prompt(model, rendered, check)
+    if not len(prompt):  # nothing to read is nothing to go on from: the engine would wait for it
+        raise ModelError(
+            f"the chat template of {model.path.name} makes no prompt of these messages"
+        )
     thinks = not options.think.is_off and rendered.text.rstrip("\n").endswith(THINK)
     return Request(
         request_id, prompt, boundaries,
