@@ -22,6 +22,7 @@ from nanorun.model.chat import Event, Finished, ModelInfo, Notice
 from nanorun.runtime.beside import Beside, Done, Job
 from nanorun.runtime.engine import request as engine_request
 from nanorun.runtime.engine.engine import Engine
+from nanorun.runtime.engine.forms import FREE, compile_form, needs_form
 from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn, prepare_readings
 from nanorun.runtime.engine.request import SHORT_CHARS, is_short, prepare_request
 from nanorun.runtime.llama.loaded_model import LoadedModel
@@ -53,7 +54,6 @@ from nanorun.runtime.process.frames import (
     Tokens,
 )
 from nanorun.runtime.process.wire import MalformedFrame
-from nanorun.runtime.reply.forms import FREE, compile_form, needs_form
 
 log = logging.getLogger(__name__)
 
