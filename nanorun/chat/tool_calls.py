@@ -153,7 +153,7 @@ class ToolCallReader:
                 self._step = self._read_json
                 return True
         tag = self._next_tag(_OUTSIDE)
-        if self._may_refuse and tag != _FUNCTION and (tag or self._has_text):
+        if self._may_refuse and (self._has_text or tag not in (None, _FUNCTION)):
             self._refuse()
             return False
         if tag is None:
