@@ -496,15 +496,15 @@ async def test_budget_set_while_the_grammar_is_compiled_holds(
     generation = client.generate(SUM, options)
     thinking = asyncio.create_task(collect(generation))
     await client.stats()  # the engine has heard of the request
-    await generation.set_budget(3)
+    await generation.set_budget(0)
     _, _, finished = await thinking
-    assert finished.usage.thinking_tokens <= 8
+    assert finished.usage.thinking_tokens < 8
 
 
 async def test_stream_goes_on_while_a_prompt_of_20_mb_is_prepared(client: EngineClient) -> None:
     stream = client.generate(SUM, ENDLESS)
     await until(stream, TextDelta)
-    book = "It was a bright cold day in April, and the clocks were striking 13.\n" * 290_000
+    book = "It was a bright cold day in April, and the clocks were striking 13.\n" * 300_000
     assert len(book) > 20_000_000
     refusal = asyncio.create_task(collect(client.generate([Message("user", book)], ENDLESS)))
     n_before_refusal = 0
