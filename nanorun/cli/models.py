@@ -59,8 +59,8 @@ def trained_n_ctx(path: Path) -> int:
     Raises:
         ModelError: If the file is no model.
     """
-    from nanorun.model.arch import arch_from_gguf
     from nanorun.model.gguf import read_gguf
+    from nanorun.model.gguf_arch import arch_from_gguf
 
     return arch_from_gguf(read_gguf(path)).n_ctx_train
 

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from nanorun.errors import ExitCode, ModelError, NanorunError, UsageError
-from nanorun.model.arch import arch_from_gguf
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors, expected_tensors
 from nanorun_converters import convert as convert_module
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert

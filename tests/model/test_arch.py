@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from nanorun.errors import ModelError
-from nanorun.model.arch import HybridArch, LayerKind, arch_from_gguf, parse_pattern
+from nanorun.model.arch import HybridArch, LayerKind, parse_pattern
 from nanorun.model.gguf import GgufFile, read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from tests.model.known_archs import (
     LIGHTNING,
     NANO,

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanorun.errors import ModelError
-from nanorun.model.arch import HybridArch, arch_from_gguf
+from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors, expected_tensors, optional_tensors
 from nanorun_converters.output.gguf_header import RawValue
 from nanorun_converters.source.files import Store, local_file

@@ -47,7 +47,7 @@ class Store(Protocol):
         """Hash of the content in hex, where it is known without reading it, or ""."""
 
     def read(self, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-        """Exactly `n_bytes` bytes from `offset`; any thread may call."""
+        """Exactly `n_bytes` bytes from `offset`, `(n_bytes,)`; any thread may call."""
 
 
 class Files(Protocol):
@@ -101,7 +101,7 @@ class LocalFile:
         return self.path.name
 
     def read(self, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-        """Read into an array of its own, not through a mapping: mapped pages count as our memory.
+        """Read `(n_bytes,)` into an array of its own: mapped pages would count as our memory.
 
         Raises:
             ModelError: If the file cannot be read, ends before the range does, or is another by

@@ -130,7 +130,7 @@ class HubFile:
         return self.entry.sha256 or self.entry.blob_id or self.ranges.url
 
     def read(self, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-        """Exactly `n_bytes` bytes from `offset`; a file read whole is checked by its hash."""
+        """Exactly `(n_bytes,)` from `offset`; a file read whole is checked by its hash."""
         if offset == 0 and n_bytes == self.n_bytes:
             data = self._fetch(0, n_bytes)
             self._check(data)

@@ -67,7 +67,9 @@ class SourceTensor:
         return decode(self.read_bytes(first, end), self.dtype)
 
     def read_bytes(self, first: int, end: int) -> NDArray[np.uint8]:
-        """The bytes of elements `first` to `end` of the flattened tensor, as they are stored."""
+        """The bytes of elements `first` to `end` of the flattened tensor, as they are stored:
+        `((end - first) * bytes of one,)`.
+        """
         size = DTYPE_BYTES[self.dtype]
         return self.store.read(self.offset + first * size, (end - first) * size)
 
@@ -210,7 +212,15 @@ def refuse_look_alike(store: Store, where: str, expected: str) -> None:
 
 
 def decode(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:
-    """Little-endian bytes as numbers, one an element of `dtype`; exact for `READABLE_DTYPES`."""
+    """Little-endian bytes as numbers; exact for `READABLE_DTYPES`.
+
+    Args:
+        raw: Whole elements, `(n_elements * bytes of one,)`.
+        dtype: What they are, in safetensors' words.
+
+    Returns:
+        The numbers, `(n_elements,)`.
+    """
     match dtype:
         case "F32":
             return raw.view("<f4").astype(np.float32, copy=False)

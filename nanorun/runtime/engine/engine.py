@@ -20,6 +20,7 @@ from nanorun.runtime.engine.admission import Admission
 from nanorun.runtime.engine.request import Request
 from nanorun.runtime.engine.scheduler import last_in_turn, plan_rows, separate_guesses
 from nanorun.runtime.engine.sequence import Sequence
+from nanorun.runtime.engine.unsaved import Unsaved
 from nanorun.runtime.llama.context import Aborted, CacheFull, Context
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.llama.penalties import build_penalties
@@ -74,9 +75,7 @@ class Engine:
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
         self._in_batch: list[Sequence] = []
-        self._unsaved: dict[str, Branch] = {}
-        """Branches to be saved in idle time, by the request that made them. Reading ahead goes by
-        the name of its reply, and takes its place."""
+        self._unsaved = Unsaved(self.tree)
         self._orders = count()
         self._batch_lock = threading.Lock()
 
@@ -84,8 +83,7 @@ class Engine:
         """Save what is worth keeping, free the context and the weights."""
         for sequence in list(self._running):
             self._leave(sequence, keep=True)
-        while branch := self._next_unsaved():
-            self.tree.save(branch)
+        self._unsaved.save_all()
         self.tree.close()
         self.memory.close()
         self.model.close()
@@ -177,16 +175,8 @@ class Engine:
         Returns:
             False if none is left.
         """
-        if not self.tree.is_saving and (branch := self._next_unsaved()):
-            self.tree.save(branch)
+        self._unsaved.save_one()
         return bool(self._unsaved)
-
-    def _next_unsaved(self) -> Branch | None:
-        while self._unsaved:
-            _, branch = self._unsaved.popitem()
-            if branch in self.tree.branches and not branch.busy:
-                return branch
-        return None
 
     # -- one round ------------------------------------------------------------------------------
 
@@ -397,14 +387,8 @@ class Engine:
             sequence.reply.close()
         if sequence.branch is not None:
             if keep:
-                self._note_unsaved(sequence.request.id, sequence.branch)
+                self._unsaved.note(sequence.request.id, sequence.branch)
             self.tree.release(sequence.branch, keep=keep)
-
-    def _note_unsaved(self, request_id: str, branch: Branch) -> None:
-        """Remember a branch that a later turn may begin with; forget those that were evicted."""
-        held = set(self.tree.branches)
-        self._unsaved = {name: other for name, other in self._unsaved.items() if other in held}
-        self._unsaved[request_id] = branch
 
 
 def _round_up(n: int, multiple: int = 1024) -> int:

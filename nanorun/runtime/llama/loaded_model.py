@@ -13,10 +13,11 @@ from typing import Any
 from nanorun.chat.markup import CALL, END_CALL, END_TEXT, END_THINK, END_TURN
 from nanorun.chat.template import ChatTemplate
 from nanorun.errors import ModelError
-from nanorun.model.arch import HybridArch, arch_from_gguf
+from nanorun.model.arch import HybridArch
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors
 from nanorun.runtime.llama.binding import engine_log, load_llama
 from nanorun.runtime.llama.engine_tokenizer import EngineTokenizer

@@ -133,7 +133,7 @@ def predictions(
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Log probabilities of rows of logits."""
+    """Natural log probabilities of rows of logits; `(..., n_vocab)` in, the same out."""
     shifted: NDArray[np.float64] = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
     return shifted
