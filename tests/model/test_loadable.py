@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from nanorun.errors import ModelError
-from nanorun.model.arch import HybridArch, arch_from_gguf
+from nanorun.model.arch import HybridArch
 from nanorun.model.gguf import read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from tests.model.known_archs import TINY_DENSE, TINY_MOE
 from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
 

@@ -23,9 +23,10 @@ from nanorun.model.chat import (
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
+from nanorun.runtime.engine import forms
 from nanorun.runtime.engine.forms import compile_form
 from nanorun.runtime.llama.loaded_model import LoadedModel
-from nanorun.runtime.reply import forms
+from nanorun.runtime.reply.constraint import Constraint
 from nanorun.runtime.reply.grammar import GrammarCompiler, Matcher
 
 # llguidance asks llama.cpp for the attributes of tokens by an older name.
@@ -74,8 +75,9 @@ def model(pico_gguf: Path) -> LoadedModel:
 
 def starts(model: LoadedModel, options: GenerateOptions) -> list[str]:
     """Pieces of text with which a call may go on after `<tool_call>\\n<function=`."""
-    held = compile_form(model, options).form
-    assert held is not None
+    form = compile_form(model, options).form
+    assert form is not None
+    held = Constraint(form)
     for token in [model.call_tokens[0], *model.tokenize("\n<function=", special=False)]:
         held.take(token)
     allowed = held.allowed()
