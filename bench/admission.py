@@ -41,12 +41,12 @@ class Stream:
     prompt: Tokens
     n_evaluated: int = 0
     in_prefill: bool = True
-    request: Any = None
+    is_read_only: bool = False
     branch: Any = None
     pending: int | None = None
     turn: tuple[bool, bool, int] = (False, False, 0)
     drafts: list[int] = field(default_factory=list)
-    stops: set[int] = field(default_factory=set)
+    pauses: set[int] = field(default_factory=set)
 
 
 def seconds_a_step(n_waiting: int, n_steps: int, *, changes: bool) -> list[float]:

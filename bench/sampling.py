@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanorun.runtime.llama.binding import load_llama
+from nanorun.runtime.llama.penalties import build_penalties
 from nanorun.runtime.sampling.sampler import Sampler
 from nanorun.runtime.sampling.settings import SamplingSettings
 
@@ -87,7 +88,8 @@ def main() -> None:
     print("| settings | nanorun µs | llama.cpp's chain µs | ratio |")
     print("|---|---|---|---|")
     for name, settings in CASES.items():
-        ours, theirs = Sampler(settings, N_VOCAB), Chain(settings)
+        ours = Sampler(settings, build_penalties(settings, N_VOCAB))
+        theirs = Chain(settings)
         pairs = [
             (
                 timed(lambda: ours.sample(logits)),  # noqa: B023

@@ -19,17 +19,19 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import numpy as np
 import psutil
 
-from nanorun.chat.parser import ReplyParser
 from nanorun.model.chat import Finished, GenerateOptions, Message
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
 from nanorun.runtime.engine.engine import Engine
-from nanorun.runtime.engine.request import Request, build_dial
-from nanorun.runtime.llama.context import Context, Row
+from nanorun.runtime.engine.request import Request
+from nanorun.runtime.llama.context import Context
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.row import Row
+from nanorun.runtime.reply.reply import ReplySettings
 from nanorun.runtime.sampling.settings import SamplingSettings
 
 PROMPT = "What is 47 + 86?"
@@ -88,20 +90,15 @@ def in_process(engine: TimedEngine, prompts: list[list[int]], n_tokens: int) -> 
     """The engine, driven from here."""
     engine.recorded.clear()
     for prompt in prompts:
-        engine.submit(
-            Request(
-                id=f"b{next(_ids)}", prompt=prompt, boundaries=(),
-                sampling=SamplingSettings(temperature=0.0),
-                dial=build_dial(engine.model, None, thinking=False),
-                parser=ReplyParser(starts_in_thinking=False),
-                max_tokens=n_tokens + 1, ignore_eos=True,
-            )
-        )  # fmt: skip
-    while any(stream.in_prefill for stream in (*engine._waiting, *engine._running)):
+        settings = ReplySettings(
+            SamplingSettings(temperature=0.0), max_tokens=n_tokens + 1, ignore_eos=True
+        )
+        engine.submit(Request(f"b{next(_ids)}", np.array(prompt, np.int32), (), reply=settings))
+    while any(sequence.in_prefill for sequence in (*engine._waiting, *engine._running)):
         engine.step()
     engine.decode_cpu_s = 0.0
     started, cpu_started = time.perf_counter(), time.thread_time()
-    n_done = sum(stream.n_completion for stream in engine._running)
+    n_done = sum(s.reply.n_tokens for s in engine._running if s.reply is not None)
     while engine.busy:
         engine.step()
     wall_s = time.perf_counter() - started
@@ -142,7 +139,7 @@ async def measure(model: Path, n_streams: int, n_tokens: int, n_rounds: int, n_t
         await client.start()
     rounds = []
     for _ in range(n_rounds):
-        engine.tree.evict_idle()
+        engine.tree.make_room(engine.context.n_ctx)
         made = in_process(engine, prompts, n_tokens)
         alone = bare(context, engine.recorded)
         child = await in_child(client, n_streams, n_tokens) if fits_twice else None

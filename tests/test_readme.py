@@ -81,7 +81,9 @@ def test_readme_mentions_every_command() -> None:
 
 
 def test_readme_picture_exists() -> None:
-    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README)
+    assert pictures
+    for picture in pictures:
         assert (ROOT / picture).stat().st_size > 1000
 
 

@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby, takewhile
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -72,12 +71,6 @@ class ChatTemplate:
             raise self._broken(f"{error.message} (line {error.lineno})") from error
         except Exception as error:  # whatever Python's own compiler says, out of memory included
             raise self._broken(str(error)) from error
-
-    @classmethod
-    def from_file(cls, path: Path, *, special_tokens: Sequence[str] = ()) -> ChatTemplate:
-        """Read a template from a `.jinja` file."""
-        source = path.read_text(encoding="utf-8")
-        return cls(source, name=path.name, special_tokens=special_tokens)
 
     def render(
         self,

@@ -59,8 +59,8 @@ def trained_n_ctx(path: Path) -> int:
     Raises:
         ModelError: If the file is no model.
     """
-    from nanorun.model.arch import arch_from_gguf
     from nanorun.model.gguf import read_gguf
+    from nanorun.model.gguf_arch import arch_from_gguf
 
     return arch_from_gguf(read_gguf(path)).n_ctx_train
 
@@ -68,7 +68,7 @@ def trained_n_ctx(path: Path) -> int:
 def display_name(model: str) -> str:
     """What a model is called: its library name, or its file's name without `.gguf`."""
     path = Path(model)
-    return path.stem if path.suffix == ".gguf" else path.name
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
 def state_folder(*, keep: bool) -> str | None:

@@ -16,6 +16,7 @@ from nanorun.cli.diagnostics import (
     write_json,
 )
 from nanorun.model import chat
+from nanorun.model.reply_so_far import ReplySoFar
 
 # Shorter prompts are read before a line about it could be.
 _N_TOKENS_WORTH_PROGRESS = 512
@@ -28,7 +29,7 @@ class TextOutput:
         self._status = StatusLine()
         self._stream = ""
         self._tail = "\n"
-        self._finished: chat.Finished | None = None
+        self._so_far = ReplySoFar()
 
     def loading(self) -> None:
         """Say that the model is being opened."""
@@ -36,6 +37,7 @@ class TextOutput:
 
     def receive(self, event: chat.Event) -> None:
         """Show one event of the reply."""
+        self._so_far.take(event)
         match event:
             case chat.PrefillProgress():
                 self._show_progress(event)
@@ -51,8 +53,6 @@ class TextOutput:
                 self._remark(text)
             case chat.ToolCallDelta(call=call):
                 self._remark(f"the model asked for a tool: {call.name} {call.arguments}")
-            case chat.Finished():
-                self._finished = event
 
     def _remark(self, text: str) -> None:
         self._status.clear()
@@ -73,9 +73,9 @@ class TextOutput:
 
     def finish(self, info: chat.ModelInfo) -> None:
         """Say what the reply cost, to a person."""
-        if is_terminal(sys.stderr) and self._finished is not None:
+        if is_terminal(sys.stderr) and self._so_far.finished is not None:
             self._end_line()
-            talk(dim(f"\n{_summary(self._finished)}\n"))
+            talk(dim(f"\n{_summary(self._so_far.finished)}\n"))
 
     def close(self) -> None:
         """Leave the cursor on a line of its own, whatever happened."""
@@ -114,10 +114,7 @@ class JsonOutput:
 
     def __init__(self) -> None:
         self._status = StatusLine()
-        self._thinking: list[str] = []
-        self._answer: list[str] = []
-        self._tool_calls: list[chat.ToolCall] = []
-        self._finished: chat.Finished | None = None
+        self._so_far = ReplySoFar()
 
     def loading(self) -> None:
         """Say that the model is being opened."""
@@ -125,32 +122,24 @@ class JsonOutput:
 
     def receive(self, event: chat.Event) -> None:
         """Keep one event of the reply."""
-        match event:
-            case chat.ThinkingDelta(text):
-                self._thinking.append(text)
-            case chat.TextDelta(text):
-                self._answer.append(text)
-            case chat.ToolCallDelta(call=call):
-                self._tool_calls.append(call)
-            case chat.Notice(text):
-                note(text)
-            case chat.Finished():
-                self._finished = event
-            case chat.PrefillProgress():
-                pass
+        self._so_far.take(event)
+        if isinstance(event, chat.Notice):
+            note(event.text)
 
     def finish(self, info: chat.ModelInfo) -> None:
         """Print the object."""
         self._status.clear()
-        if self._finished is not None:
-            write_json(self._to_dict(self._finished, info))
+        if self._so_far.finished is not None:
+            write_json(self._to_dict(self._so_far.finished, info))
 
     def _to_dict(self, finished: chat.Finished, info: chat.ModelInfo) -> dict[str, Any]:
         usage, timings = finished.usage, finished.timings
         return {
-            "thinking": "".join(self._thinking),
-            "answer": "".join(self._answer),
-            "tool_calls": [{"name": c.name, "arguments": c.arguments} for c in self._tool_calls],
+            "thinking": self._so_far.thinking,
+            "answer": self._so_far.answer,
+            "tool_calls": [
+                {"name": call.name, "arguments": call.arguments} for call in self._so_far.tool_calls
+            ],
             "finish_reason": finished.reason,
             "usage": {
                 "prompt_tokens": usage.prompt_tokens,

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import math
 import re
-import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from nanorun.errors import ModelError
 from nanorun.model.ggml_type import GgmlType
+from nanorun.model.gguf_cursor import ARRAY, UINT16, UINT32, ByteStream, GgufCursor
+from nanorun.model.lookalikes import HEAD_BYTES, look_alike
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -30,34 +31,16 @@ KEY_ALIGNMENT = "general.alignment"
 KEY_SPLIT_NO, KEY_SPLIT_COUNT = "split.no", "split.count"
 KEY_SPLIT_TENSORS = "split.tensors.count"
 
-# Far above real files (131072 tokens, 270000 merges, 11 MB headers), low enough to stay harmless
-# when a 60 GB file claims that all of it is one string.
-MAX_STRING_BYTES = 16 * 2**20
-MAX_ARRAY_ELEMENTS = 8 * 2**20
-MAX_HEADER_BYTES = 64 * 2**20
 # GGML_MAX_NAME and GGML_MAX_DIMS of ggml.h; the name's limit counts its final zero byte.
 MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 
-_READ_AHEAD_BYTES = 2**20
-# llama.cpp finds the other files of a split by this form of the first one's name, and no other.
-_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})\.gguf")
+_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})(\.gguf)", re.IGNORECASE)
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
-
-_UINT32, _STRING, _ARRAY, _BOOL = 4, 8, 9, 7
-_NUMBER_FORMATS = {
-    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",
-}  # fmt: skip
+_NEEDED_TYPES = {KEY_ALIGNMENT: UINT32, KEY_SPLIT_NO: UINT16}
 
 T = TypeVar("T", str, int, float, bool, list[Any])
-
-
-class ByteStream(Protocol):
-    """Something that gives bytes in order: an open file, or the body of an answer."""
-
-    def read(self, n_bytes: int, /) -> bytes:
-        """The next `n_bytes`, fewer at the end only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +212,9 @@ def _split_paths(first: GgufFile) -> list[Path]:
         return [first.path]
     path, number = first.path, first.require(KEY_SPLIT_NO, int)
     if number != 0:
-        start = re.sub(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", str(path))
+        start = re.sub(
+            r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", str(path), flags=re.IGNORECASE
+        )
         raise ModelError(
             f"{path} is file {number + 1} of the {n_files} that a model is split into",
             facts=[f"a split model is opened by its first file, {start}"],
@@ -238,7 +223,9 @@ def _split_paths(first: GgufFile) -> list[Path]:
     if named is None or int(named[2]) != n_files:
         expected = f"a name that ends in -00001-of-{n_files:05}.gguf"
         raise ModelError(f"{path}: key {KEY_SPLIT_COUNT!r}: {n_files} files: expected {expected}")
-    return [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[2]}.gguf") for i in range(n_files)]
+    return [
+        path.with_name(f"{named[1]}-{i + 1:05}-of-{named[2]}{named[3]}") for i in range(n_files)
+    ]
 
 
 def _check_number(file: GgufFile, number: int, n_files: int) -> None:
@@ -266,17 +253,10 @@ def _joined(files: list[GgufFile]) -> GgufFile:
     return replace(first, tensors=tensors, parts=tuple(p for file in files for p in file.parts))
 
 
-@dataclass(slots=True)
-class _Reader:
-    """A cursor over the header; `_need` is the only place that reads the file."""
+class _Reader(GgufCursor):
+    """Reads a header from its first byte to its last, and places the tensors."""
 
-    stream: ByteStream
-    path: Path
-    file_bytes: int
-    where: str = "header"
-    position: int = 0
-    """Of the cursor, in `buffer`, which always starts at the start of the file."""
-    buffer: bytearray = field(default_factory=bytearray)
+    __slots__ = ()
 
     def read(self, check_data: bool) -> GgufFile:
         version, n_tensors, n_keys = self._read_counts()
@@ -290,85 +270,63 @@ class _Reader:
         return GgufFile(self.path, version, alignment, metadata, tensors, (part,))
 
     def _read_counts(self) -> tuple[int, int, int]:
-        magic = self._bytes(4)
+        magic = self.take(4)
         if magic != MAGIC:
-            self._refuse("magic 'GGUF'", repr(magic.decode("latin-1")))
-        version = self._number("I")
+            self._refuse_magic(magic)
+        version = self.number("I")
         if version not in (2, 3):
             big_endian = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
-            self._refuse("version 2 or 3", "a big-endian file" if big_endian else str(version))
-        n_tensors, n_keys = self._number("Q"), self._number("Q")
-        self._check_count("tensors", n_tensors, _MIN_TENSOR_BYTES)
-        self._check_count("keys", n_keys, _MIN_KEY_BYTES)
+            self.refuse("version 2 or 3", "a big-endian file" if big_endian else str(version))
+        n_tensors, n_keys = self.number("Q"), self.number("Q")
+        self.check_count("tensors", n_tensors, _MIN_TENSOR_BYTES)
+        self.check_count("keys", n_keys, _MIN_KEY_BYTES)
         return version, n_tensors, n_keys
+
+    def _refuse_magic(self, magic: bytes) -> NoReturn:
+        rest = min(HEAD_BYTES, self.file_bytes) - len(magic)
+        found = look_alike(magic + self.take(max(0, rest)), str(self.path))
+        if found is None:
+            self.refuse("magic 'GGUF'", repr(magic.decode("latin-1")))
+        raise ModelError(
+            f"{self.path}: {self.where}: expected a GGUF file, found {found.what}",
+            facts=found.facts,
+            tries=found.tries,
+        )
 
     def _read_metadata(self, n_keys: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for i in range(n_keys):
             self.where = f"key {i} of {n_keys}"
-            key = self._name("key", 65535)
+            key = self.name("key", 65535)
             self.where = f"key {key!r}"
             if key in metadata:
-                self._refuse("each key once", "it a second time")
-            type_id = self._number("I")
-            if key == KEY_ALIGNMENT and type_id != _UINT32:
-                self._refuse(f"type {_UINT32} (u32)", f"type {type_id}")
-            metadata[key] = self._array() if type_id == _ARRAY else self._value(type_id)
+                self.refuse("each key once", "it a second time")
+            type_id = self.number("I")
+            # The engine's process ends on another type of these two.
+            needed = _NEEDED_TYPES.get(key, type_id)
+            if type_id != needed:
+                name = "u32" if needed == UINT32 else "u16"
+                self.refuse(f"type {needed} ({name})", f"type {type_id}")
+            metadata[key] = self.array() if type_id == ARRAY else self.value(type_id)
         return metadata
-
-    def _value(self, type_id: int) -> Any:
-        if type_id == _STRING:
-            return self._string()
-        value = self._number(self._number_format(type_id))
-        return self._bools([value])[0] if type_id == _BOOL else value
-
-    def _array(self) -> list[Any]:
-        type_id, n = self._number("I"), self._number("Q")
-        if type_id == _ARRAY:
-            self._refuse("an array of values", "an array of arrays")
-        if n > MAX_ARRAY_ELEMENTS:
-            self._refuse(f"at most {MAX_ARRAY_ELEMENTS} elements", str(n))
-        if type_id == _STRING:
-            self._check_count("strings", n, 8)
-            return self._strings(n)
-        letter = self._number_format(type_id)
-        raw = self._bytes(n * struct.calcsize(letter))
-        values = list(struct.unpack(f"<{n}{letter}", raw))
-        return self._bools(values) if type_id == _BOOL else values
-
-    def _strings(self, n: int) -> list[str]:
-        # Vocabularies hold 131072 strings and more, so this loop keeps to locals and slices.
-        strings: list[str] = []
-        read_length = struct.Struct("<Q").unpack_from
-        for _ in range(n):
-            self._need(8)
-            start = self.position + 8
-            (length,) = read_length(self.buffer, self.position)
-            self.position = start
-            if length > MAX_STRING_BYTES:
-                self._refuse(f"a string of at most {MAX_STRING_BYTES} bytes", str(length))
-            self._need(length)
-            self.position = start + length
-            strings.append(self._decode(self.buffer[start : self.position]))
-        return strings
 
     def _read_tensor(self) -> tuple[str, GgmlType, tuple[int, ...], int]:
         self.where = "tensor directory"
-        name = self._name("tensor", MAX_NAME_BYTES)
+        name = self.name("tensor", MAX_NAME_BYTES)
         self.where = f"tensor {name!r}"
-        n_dims = self._number("I")
+        n_dims = self.number("I")
         if not 1 <= n_dims <= MAX_DIMS:
-            self._refuse(f"1 to {MAX_DIMS} dimensions", str(n_dims))
-        shape = tuple(self._number("Q") for _ in range(n_dims))[::-1]
+            self.refuse(f"1 to {MAX_DIMS} dimensions", str(n_dims))
+        shape = tuple(self.number("Q") for _ in range(n_dims))[::-1]
         if 0 in shape or math.prod(shape) >= 2**63:
-            self._refuse("dimensions from 1, fewer than 2^63 elements", f"shape {list(shape)}")
-        return name, self._ggml_type(self._number("I")), shape, self._number("Q")
+            self.refuse("dimensions from 1, fewer than 2^63 elements", f"shape {list(shape)}")
+        return name, self._ggml_type(self.number("I")), shape, self.number("Q")
 
     def _ggml_type(self, type_id: int) -> GgmlType:
         try:
             return GgmlType(type_id)
         except ValueError:
-            self._refuse("a known ggml type", f"type {type_id}")
+            self.refuse("a known ggml type", f"type {type_id}")
 
     def _place(
         self,
@@ -383,21 +341,21 @@ class _Reader:
         for name, type_, shape, offset in directory:
             self.where = f"tensor {name!r}"
             if name in tensors:
-                self._refuse("each tensor once", "it a second time")
+                self.refuse("each tensor once", "it a second time")
             if shape[-1] % type_.block_size:
                 multiple = f"rows of a multiple of {type_.block_size} ({type_.label})"
-                self._refuse(multiple, f"rows of {shape[-1]}")
+                self.refuse(multiple, f"rows of {shape[-1]}")
             if offset != expected:
                 problem = "an overlap" if offset < expected else "a gap"
-                self._refuse(f"data at offset {expected}", f"{offset} ({problem})")
+                self.refuse(f"data at offset {expected}", f"{offset} ({problem})")
             n_bytes = math.prod(shape[:-1]) * type_.row_bytes(shape[-1])
             end = data_offset + offset + n_bytes
             # The engine counts in 64 bits, and the next tensor's alignment must fit in them too.
             if end >= 2**63 - alignment:
-                self._refuse("data that ends before byte 2^63", f"an end at {end}")
+                self.refuse("data that ends before byte 2^63", f"an end at {end}")
             if check_data and end > self.file_bytes:
                 size = f"a file of {self.file_bytes} bytes (it is truncated)"
-                self._refuse(f"data up to byte {end}", size)
+                self.refuse(f"data up to byte {end}", size)
             at = data_offset + offset
             tensors[name] = TensorInfo(name, type_, shape, self.path, at, n_bytes)
             expected = _align(offset + n_bytes, alignment)
@@ -407,66 +365,8 @@ class _Reader:
         self.where = f"key {KEY_ALIGNMENT!r}"
         alignment: int = metadata.get(KEY_ALIGNMENT, DEFAULT_ALIGNMENT)
         if alignment == 0 or alignment & (alignment - 1):
-            self._refuse("a power of two", str(alignment))
+            self.refuse("a power of two", str(alignment))
         return alignment
-
-    def _name(self, what: str, max_bytes: int) -> str:
-        name = self._string(max_bytes)
-        if not name or not name.isprintable():
-            self._refuse(f"a printable {what} name", repr(name))
-        return name
-
-    def _string(self, max_bytes: int = MAX_STRING_BYTES) -> str:
-        length = self._number("Q")
-        if length > max_bytes:
-            self._refuse(f"a string of at most {max_bytes} bytes", str(length))
-        return self._decode(self._bytes(length))
-
-    def _decode(self, raw: bytes | bytearray) -> str:
-        try:
-            return raw.decode()
-        except UnicodeDecodeError as error:
-            self._refuse("text in UTF-8", f"{bytes(raw[:40])!r} ({error.reason})")
-
-    def _number_format(self, type_id: int) -> str:
-        if type_id not in _NUMBER_FORMATS:
-            self._refuse("a value type from 0 to 12", str(type_id))
-        return _NUMBER_FORMATS[type_id]
-
-    def _bools(self, values: list[int]) -> list[bool]:
-        for value in values:
-            if value > 1:
-                self._refuse("a truth value of 0 or 1", str(value))
-        return [value == 1 for value in values]
-
-    def _number(self, letter: str) -> Any:
-        return struct.unpack("<" + letter, self._bytes(struct.calcsize(letter)))[0]
-
-    def _bytes(self, n: int) -> bytes:
-        self._need(n)
-        start, self.position = self.position, self.position + n
-        return bytes(self.buffer[start : self.position])
-
-    def _check_count(self, what: str, n: int, min_bytes: int) -> None:
-        most = (self.file_bytes - self.position) // min_bytes
-        if n > most:
-            self._refuse(f"at most {most} {what} in a file of {self.file_bytes} bytes", str(n))
-
-    def _need(self, n: int) -> None:
-        """Have the `n` bytes after the cursor in the buffer."""
-        end = self.position + n
-        if end <= len(self.buffer):
-            return
-        if end > self.file_bytes:
-            self._refuse(f"{n} bytes at byte {self.position}", f"a file of {self.file_bytes} bytes")
-        if end > MAX_HEADER_BYTES:
-            self._refuse(f"a header of at most {MAX_HEADER_BYTES} bytes", "a longer one")
-        self.buffer += self.stream.read(max(end - len(self.buffer), _READ_AHEAD_BYTES))
-        if end > len(self.buffer):
-            self._refuse(f"a file of {self.file_bytes} bytes", "that it shrank while it was read")
-
-    def _refuse(self, expected: str, found: str) -> NoReturn:
-        raise ModelError(f"{self.path}: {self.where}: expected {expected}, found {found}")
 
 
 def _align(n: int, alignment: int) -> int:

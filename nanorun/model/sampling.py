@@ -46,6 +46,18 @@ class SamplingFields:
     """Tokens made likelier or, at -100, impossible; forced tokens of the reasoning dial are not."""
 
 
+_NO_NUMBERS = ("logprobs", "logit_bias")
+"""Values whose form differs from one interface to the next."""
+
+NUMBERS: dict[str, tuple[float, float] | None] = {
+    known.name: known.metadata.get("range")
+    for known in fields(SamplingFields)
+    if known.name not in _NO_NUMBERS
+}
+"""The values that are one number each and go by one name everywhere, with their ranges, both ends
+included; None for any integer."""
+
+
 def check_sampling(values: SamplingFields) -> None:
     """Refuse values out of their ranges.
 

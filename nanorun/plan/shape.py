@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from nanorun.model.arch import HybridArch, arch_from_gguf
+from nanorun.model.arch import HybridArch
 from nanorun.model.footprint import tensor_bytes
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import Role, role_of
 
 _BLOCK = re.compile(r"blk\.([0-9]+)\.")

@@ -153,13 +153,13 @@ def _log_notice(event: Event | None) -> None:
 
 def _encode_event(reply: Reply, event: Event | None, include_usage: bool) -> list[bytes]:
     """The bytes that tell a client of an event; comments where there is no chunk for it."""
+    if event is None:
+        return [sse.comment("waiting")]
+    reply.take(event)
     match event:
-        case None:
-            return [sse.comment("waiting")]
         case PrefillProgress(n_done=n_done, n_total=n_total):
             return [sse.comment(f"prompt {n_done} of {n_total} tokens")]
         case TokenLogprobs():
-            reply.take_logprobs(event)
             return []
         case Notice(text):
             return [sse.comment(f"notice: {text}")]

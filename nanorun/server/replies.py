@@ -23,6 +23,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
     Usage,
 )
+from nanorun.model.reply_so_far import ReplySoFar
 
 
 def model_object(name: str, info: ModelInfo, created: int) -> dict[str, Any]:
@@ -62,6 +63,11 @@ def _logprob_object(piece: bytes, logprob: float) -> dict[str, Any]:
     return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
 
 
+def _token_object(token: TokenLogprobs) -> dict[str, Any]:
+    best = [_logprob_object(piece, logprob) for piece, logprob in token.alternatives]
+    return {**_logprob_object(token.piece, token.logprob), "top_logprobs": best}
+
+
 def _call_object(call: ToolCall) -> dict[str, Any]:
     arguments = json.dumps(call.arguments, ensure_ascii=False)
     return {
@@ -82,62 +88,40 @@ class Reply:
     model: str
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
-    thinking: list[str] = field(default_factory=list)
-    answer: list[str] = field(default_factory=list)
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    """Calls that a client can make; unreadable ones are text."""
-    logprobs: list[dict[str, Any]] = field(default_factory=list)
-    """Of the answer's tokens; in a stream those that are not sent yet."""
-    finished: Finished | None = None
+    so_far: ReplySoFar = field(default_factory=ReplySoFar)
+    _n_logprobs_given: int = 0
 
     def take(self, event: Event) -> None:
-        """Add an event to the completion."""
-        match event:
-            case ThinkingDelta(text):
-                self.thinking.append(text)
-            case TextDelta(text):
-                self.answer.append(text)
-            case TokenLogprobs():
-                self.take_logprobs(event)
-            case ToolCallDelta(call=call, problem=problem) if not call.name:
-                self.answer.append(problem or "")  # nothing a client could call
-            case ToolCallDelta(call=call):
-                self.tool_calls.append(call)
-            case Finished():
-                self.finished = event
-
-    def take_logprobs(self, event: TokenLogprobs) -> None:
-        """Keep a token's likelihood for the chunk or completion that it belongs to."""
-        if not event.in_thinking:
-            best = [_logprob_object(piece, p) for piece, p in event.alternatives]
-            entry = _logprob_object(event.piece, event.logprob)
-            self.logprobs.append({**entry, "top_logprobs": best})
+        """Add an event; a call that could not be read is text, as no client could make it."""
+        if isinstance(event, ToolCallDelta) and not event.call.name:
+            event = TextDelta(event.problem or "")
+        self.so_far.take(event)
 
     def completion(self) -> dict[str, Any]:
         """The whole completion, once it has finished."""
-        assert self.finished is not None
-        answer = "".join(self.answer)
+        so_far, finished = self.so_far, self.so_far.finished
+        assert finished is not None
         message: dict[str, Any] = {
             "role": "assistant",
-            "content": None if self.tool_calls and not answer else answer,
+            "content": None if so_far.calls and not so_far.answer else so_far.answer,
         }
-        if self.finished.refusal is not None:
-            message["refusal"] = self.finished.refusal
-        if self.thinking:
-            message |= _reasoning("".join(self.thinking))
-        if self.tool_calls:
-            message["tool_calls"] = [_call_object(call) for call in self.tool_calls]
+        if finished.refusal is not None:
+            message["refusal"] = finished.refusal
+        if so_far.thinking:
+            message |= _reasoning(so_far.thinking)
+        if so_far.tool_calls:
+            message["tool_calls"] = [_call_object(call) for call in so_far.tool_calls]
         choice = {
             "index": 0,
             "message": message,
             "logprobs": self._take_logprobs(),
-            "finish_reason": self._reason(self.finished),
+            "finish_reason": self._reason(finished),
         }
         return {
             **self._head("chat.completion"),
             "choices": [choice],
-            "usage": usage_object(self.finished.usage),
-            "timings": asdict(self.finished.timings),
+            "usage": usage_object(finished.usage),
+            "timings": asdict(finished.timings),
         }
 
     def opening(self) -> dict[str, Any]:
@@ -145,7 +129,7 @@ class Reply:
         return self._chunk({"role": "assistant", "content": ""})
 
     def chunk(self, event: ThinkingDelta | TextDelta | ToolCallDelta | Finished) -> dict[str, Any]:
-        """The chunk of an event."""
+        """The chunk of an event that was just taken."""
         match event:
             case ThinkingDelta(text):
                 return self._chunk(_reasoning(text))
@@ -154,8 +138,7 @@ class Reply:
             case ToolCallDelta(call=call, problem=problem) if not call.name:
                 return self._chunk({"content": problem or ""})
             case ToolCallDelta(call=call):
-                self.tool_calls.append(call)
-                numbered = {"index": len(self.tool_calls) - 1, **_call_object(call)}
+                numbered = {"index": len(self.so_far.calls) - 1, **_call_object(call)}
                 return self._chunk({"tool_calls": [numbered]})
             case Finished():
                 refusal = {} if event.refusal is None else {"refusal": event.refusal}
@@ -188,11 +171,14 @@ class Reply:
         It has none for one that was stopped from outside, and clients that read `tool_calls` look
         for calls, which there are none of if no call could be read.
         """
-        has_none = finished.reason == "tool_calls" and not self.tool_calls
+        has_none = finished.reason == "tool_calls" and not self.so_far.calls
         return "stop" if has_none or finished.reason == "cancelled" else finished.reason
 
     def _take_logprobs(self) -> dict[str, Any] | None:
-        entries, self.logprobs = self.logprobs, []
+        """Those of the answer's tokens that were not given yet."""
+        fresh = self.so_far.logprobs[self._n_logprobs_given :]
+        self._n_logprobs_given += len(fresh)
+        entries = [_token_object(token) for token in fresh if not token.in_thinking]
         return {"content": entries, "refusal": None} if entries else None
 
     def _head(self, kind: str) -> dict[str, Any]:

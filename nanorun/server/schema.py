@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from nanorun.model.chat import GenerateOptions, Grammar, Message
+from nanorun.model.sampling import MAX_LOGPROBS
 from nanorun.model.think import HIGH, LOW, MAX, MEDIUM, OFF, Think
 from nanorun.server.errors import ApiError
 from nanorun.server.schema_formats import ResponseFormat, StructuredOutputs
@@ -23,6 +24,7 @@ from nanorun.server.schema_messages import (
     TemplateOptions,
     ToolIn,
 )
+from nanorun.server.schema_sampling import SamplingBody, asked_numbers
 
 EFFORTS = {
     "none": OFF,
@@ -50,12 +52,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields not supported, with the values that ask for nothing."""
 
 _Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-_Unit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
-class ChatRequest(BaseModel):
-    """The body of a chat completion."""
+class ChatRequest(SamplingBody):
+    """The body of a chat completion; the numbers of sampling are `SamplingBody`'s."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -65,21 +65,9 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)] | None = None
-    top_p: _Unit | None = None
-    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    min_p: _Unit | None = None
-    seed: int | None = None
     logit_bias: dict[Annotated[int, Field(ge=0)], _Bias] | None = None
-    frequency_penalty: _Penalty | None = None
-    presence_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
-    penalty_last_n: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    dry_multiplier: Annotated[float, Field(ge=0, le=100)] | None = None
-    dry_base: Annotated[float, Field(ge=1, le=100)] | None = None
-    dry_allowed_length: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     """`flex` may wait: it gives way to all others while they need its place."""
     ignore_eos: StrictBool | None = None
@@ -146,21 +134,10 @@ class ChatRequest(BaseModel):
         """The settings as the engine takes them."""
         must_call = self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
         return GenerateOptions(
+            **asked_numbers(self),
             think=self._think(default_think),
             max_tokens=self.max_completion_tokens or self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            seed=self.seed,
             logit_bias=tuple((self.logit_bias or {}).items()),
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            repetition_penalty=self.repetition_penalty,
-            penalty_last_n=self.penalty_last_n,
-            dry_multiplier=self.dry_multiplier,
-            dry_base=self.dry_base,
-            dry_allowed_length=self.dry_allowed_length,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             priority="background" if self.service_tier == "flex" else "interactive",
             ignore_eos=bool(self.ignore_eos),

@@ -1,22 +1,21 @@
-"""A reply while it arrives: events in, text to show and numbers to report out. No widget here."""
+"""A reply on the screen: what of it is shown, its phase and its times. No widget here."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from nanorun.model.chat import (
     Event,
     Finished,
-    Message,
     PrefillProgress,
     TextDelta,
     ThinkingDelta,
-    ToolCall,
     ToolCallDelta,
 )
+from nanorun.model.reply_so_far import ReplySoFar
 from nanorun.tui.text import count_label, seconds_label
 
 # A rate over fewer seconds jumps about.
@@ -36,7 +35,7 @@ class Phase(StrEnum):
 
 
 @dataclass(slots=True)
-class Reply:
+class Reply(ReplySoFar):
     """One reply: what it says so far, and how it goes.
 
     Args:
@@ -45,11 +44,6 @@ class Reply:
 
     clock: Callable[[], float] = time.monotonic
     phase: Phase = Phase.WAITING
-    thinking: str = ""
-    answer: str = ""
-    tool_calls: list[ToolCall] = field(default_factory=list)
-    prefill: PrefillProgress | None = None
-    finished: Finished | None = None
     n_deltas: int = 0
     """Deltas so far: about one a token, until `finished` brings the exact count."""
     _thinking_shown: int = 0
@@ -59,27 +53,23 @@ class Reply:
     _thinking_began_at: float = 0.0
     _thinking_s: float | None = None
 
-    def feed(self, event: Event) -> None:
-        """Take note of the next event; `Notice` is for the transcript and changes nothing here."""
+    def take(self, event: Event) -> None:
+        """Add the next event and note when it came."""
+        ReplySoFar.take(self, event)
         match event:
             case PrefillProgress():
-                self.prefill = event
                 self.phase = Phase.READING
-            case ThinkingDelta(text):
+            case ThinkingDelta():
                 self._count_delta()
                 if self.phase is not Phase.THINKING:
                     self.phase = Phase.THINKING
                     self._thinking_began_at = self._last_delta_at
-                self.thinking += text
-            case TextDelta(text):
+            case TextDelta():
                 self._count_delta()
                 self._leave_thinking(Phase.ANSWERING)
-                self.answer += text
-            case ToolCallDelta(call=call):
+            case ToolCallDelta():
                 self._leave_thinking(Phase.ANSWERING)
-                self.tool_calls.append(call)
             case Finished():
-                self.finished = event
                 self.end()
 
     def end(self) -> None:
@@ -124,15 +114,6 @@ class Reply:
     def has_answer(self) -> bool:
         """Whether there is something to remember as the assistant's turn."""
         return bool(self.answer.strip() or self.tool_calls)
-
-    def message(self) -> Message:
-        """The reply as a message of the conversation."""
-        return Message(
-            role="assistant",
-            content=self.answer,
-            thinking=self.thinking or None,
-            tool_calls=tuple(self.tool_calls),
-        )
 
     def facts(self) -> str:
         """One line on the state of the reply, or on how it went once it has ended."""

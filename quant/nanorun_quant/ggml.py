@@ -108,6 +108,10 @@ class Ggml:
     def check_blocks(self, raw: NDArray[np.uint8], type_: GgmlType) -> None:
         """Refuse blocks that the engine would refuse.
 
+        Args:
+            raw: Whole blocks, in any shape.
+            type_: Their type.
+
         Raises:
             UnquantizableError: If a scale is not finite.
         """
@@ -189,6 +193,10 @@ def _library_folder() -> Path:
 
 def check_range(data: NDArray[np.float32], type_: GgmlType) -> None:
     """Refuse numbers that a type cannot hold.
+
+    Args:
+        data: `(n_rows, n_per_row)`.
+        type_: The type.
 
     Raises:
         UnquantizableError: If one is not finite, or beyond what f16 holds.

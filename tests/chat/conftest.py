@@ -19,7 +19,8 @@ CONTROL_TOKENS = (
 def template(pico_source: Path) -> ChatTemplate:
     """Pico's chat template, knowing pico's control tokens."""
     path = pico_source / "chat_template.jinja"
-    return ChatTemplate.from_file(path, special_tokens=CONTROL_TOKENS)
+    source = path.read_text(encoding="utf-8")
+    return ChatTemplate(source, name=path.name, special_tokens=CONTROL_TOKENS)
 
 
 @pytest.fixture(scope="session")

@@ -153,15 +153,23 @@ PIECE = st.sampled_from(
 )
 
 
-@settings(RELAXED, max_examples=1500)
-@given(
-    body=st.lists(PIECE | JSON.map(json.dumps), max_size=12).map("".join),
-    tools=st.lists(ODD_TOOL, max_size=2),
-)
-def test_odd_tools_and_texts_give_calls_that_can_be_passed_on(body: str, tools: list[Any]) -> None:
-    for name, arguments, problem in calls(f"<tool_call>{body}</tool_call>", tools):
-        assert name or problem
-        json.dumps(arguments, allow_nan=False).encode()
+def test_odd_tools_and_texts_give_calls_that_can_be_passed_on() -> None:
+    n_calls = 0
+
+    @settings(RELAXED, max_examples=1500)
+    @given(
+        body=st.lists(PIECE | JSON.map(json.dumps), max_size=12).map("".join),
+        tools=st.lists(ODD_TOOL, max_size=2),
+    )
+    def check(body: str, tools: list[Any]) -> None:
+        nonlocal n_calls
+        for name, arguments, problem in calls(f"<tool_call>{body}</tool_call>", tools):
+            assert name or problem
+            json.dumps(arguments, allow_nan=False).encode()
+            n_calls += 1
+
+    check()
+    assert n_calls > 100  # a text may hold none; not all may
 
 
 @settings(RELAXED, max_examples=800)

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from nanorun.errors import ExitCode, ModelError, NanorunError, UsageError
-from nanorun.model.arch import arch_from_gguf
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors, expected_tensors
 from nanorun_converters import convert as convert_module
 from nanorun_converters.convert import ConvertOptions, ConvertProgress, convert
@@ -468,3 +468,22 @@ def test_conversion_needs_neither_torch_nor_safetensors(source: Path, out: Path)
 def test_pico_converts_in_seconds(pico_source: Path, out: Path) -> None:
     with little_work(cpu_s=60):
         convert(pico_source, ConvertOptions(out=out, recipe="iq4_nl"))
+
+
+def test_head_that_is_not_there_is_left_out_and_said(tmp_path: Path, out: Path) -> None:
+    folder = write_source_model(tmp_path / "saved_again", config={"num_nextn_predict_layers": 1})
+    result = convert(folder, ConvertOptions(out=out))
+    note = (
+        f"{folder / 'config.json'}: num_nextn_predict_layers: there are no mtp.* weights; left out"
+    )
+    assert result.notes == (note,)
+    assert arch_from_gguf(read_gguf(out)).n_layer_nextn == 0
+
+
+def test_head_of_which_a_part_is_missing_is_refused(tmp_path: Path, out: Path) -> None:
+    def drop(tensors: Tensors) -> None:
+        del tensors["mtp.layers.0.enorm.weight"]
+
+    folder = write_source_model(tmp_path / "damaged", mtp=True, edit=drop)
+    with pytest.raises(ModelError, match=r"mtp\.layers\.0\.enorm\.weight.*found no such tensor"):
+        convert(folder, ConvertOptions(out=out))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanorun.library import resolve_model
-from nanorun.model.arch import arch_from_gguf
 from nanorun.model.gguf import read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors
 
 

@@ -194,3 +194,14 @@ def test_person_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.Monk
     monkeypatch.setenv("NANORUN_CACHE_DIR", "~/elsewhere")
     with pytest.raises(NanorunError, match="there is no home folder"):
         models_folder()
+
+
+def test_leftover_of_macos_is_no_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "._pico.gguf").write_bytes(b"")
+    (tmp_path / "pico.GGUF").write_bytes(b"")
+    with pytest.raises(ModelError) as caught:
+        resolve_model(str(tmp_path / "pic.gguf"))
+    assert caught.value.facts == ("nearest: pico.GGUF",)
+    with pytest.raises(ModelError) as caught:
+        resolve_model(str(tmp_path))
+    assert [command.rpartition("/")[2] for command in caught.value.tries] == ["pico.GGUF"]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorun.errors import ModelError
-from nanorun.model.arch import arch_from_gguf
 from nanorun.model.gguf import read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors
 from tests.model.known_archs import TINY_LATENT_MTP
 from tests.support.builders import arch_tensors, gguf_metadata, write_gguf

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from nanorun.errors import ModelError
-from nanorun.model.arch import HybridArch, arch_from_gguf
+from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import (
     Role,
     check_tensors,

@@ -53,7 +53,9 @@ def test_each_is_smaller_than_the_one_before(machine: str, n_ctx: int, n_paralle
 
 @pytest.mark.parametrize("machine", NAMES)
 def test_each_fits_the_machine(machine: str) -> None:
-    for smaller in smaller_plans(plan(machine, 128 * K)):
+    found = smaller_plans(plan(machine, 128 * K))
+    assert found
+    for smaller in found:
         made = replace(smaller.plan, hardware=profile(machine))
         assert all(use.spare_bytes >= 0 for use in made.uses)
 

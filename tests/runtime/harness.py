@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from nanorun.chat.parser import ReplyParser
 from nanorun.errors import NanorunError
-from nanorun.model.chat import Finished
+from nanorun.model.chat import Event, Finished
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.engine.engine import Engine
-from nanorun.runtime.engine.request import Request, build_dial
-from nanorun.runtime.llama.context import Context, Row
+from nanorun.runtime.engine.request import Request
+from nanorun.runtime.llama.context import Context
 from nanorun.runtime.llama.loaded_model import LoadedModel
-from nanorun.runtime.sampling.draw import Ids, Logits
-from nanorun.runtime.sampling.sampler import Choice, Sampler
+from nanorun.runtime.llama.row import Row
+from nanorun.runtime.reply.reply import Reply, ReplySettings
+from nanorun.runtime.sampling.draw import Logits
 from nanorun.runtime.sampling.settings import SamplingSettings
 
 SMALL = EngineOptions(
@@ -38,16 +38,24 @@ LAYOUTS = [(n_batch, n_before) for n_before in (0, 7, 40, 64) for n_batch in (64
 """Sizes of batches, and cells of another sequence before."""
 
 
-class RecordingSampler(Sampler):
-    """A greedy sampler that keeps the logits it chose from."""
+class RecordingReply(Reply):
+    """A reply that keeps what it said, and the logits from which."""
 
-    def __init__(self, settings: SamplingSettings, n_vocab: int, log: list[np.ndarray]) -> None:
-        super().__init__(settings, n_vocab)
-        self._log = log
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.logits: list[np.ndarray] = []
+        self.tokens: list[int] = []
+        self.forced: list[bool] = []
+        """Whether the dial decided on a token: thinking that the model opened is held to half."""
 
-    def sample(self, logits: Logits, allowed: Ids | None = None) -> Choice:
-        self._log.append(logits.copy())
-        return super().sample(logits, allowed)
+    def pick(self, logits: Logits, events: list[Event]) -> int | None:
+        self.logits.append(logits.copy())
+        self.forced.append(bool(self.expected()))
+        return super().pick(logits, events)
+
+    def take(self, token: int) -> list[Event]:
+        self.tokens.append(token)
+        return super().take(token)
 
 
 class Rig:
@@ -58,9 +66,10 @@ class Rig:
         self.options = options
         self._ids = count()
         self.prompts: dict[str, list[int]] = {}
-        self.logits: dict[str, list[np.ndarray]] = {}
-        self.tokens: dict[str, list[int]] = {}
+        self.replies: dict[str, RecordingReply] = {}
         self.finished: dict[str, Finished | NanorunError] = {}
+        self.batches: list[list[int]] = []
+        """Tokens of each row, of every batch that was evaluated; a restart does not reset it."""
         self.open()
 
     def reopen(self) -> None:
@@ -70,28 +79,32 @@ class Rig:
 
     def open(self) -> None:
         """Load the model."""
-        self.engine = Engine(LoadedModel(self.path, self.options), self.options)
+        model = LoadedModel(self.path, self.options)
+        self.engine = Engine(model, self.options, self._new_reply)
+        self._count_batches()
         alone = replace(
             self.options, n_ctx=self.options.n_ctx + 256, n_parallel=2, n_seq_spare=0,
             state_dir=None, speculation="off",
         )  # fmt: skip
         self._fresh = Context(self.engine.model, alone)
-        start, take = self.engine._start, self.engine.picker._take
 
-        def recording_start(stream: Any, branch: Any) -> None:
-            start(stream, branch)
-            stream.sampler = RecordingSampler(
-                stream.request.sampling,
-                self.engine.model.n_vocab,
-                self.logits.setdefault(stream.request.id, []),
-            )
+    def _count_batches(self) -> None:
+        decode = self.engine.memory.decode
 
-        def recording_take(stream: Any, token: int, pick: Any) -> None:
-            self.tokens.setdefault(stream.request.id, []).append(token)
-            take(stream, token, pick)
+        def counted(rows: Sequence[Row]) -> list[int | None]:
+            self.batches.append([len(row.tokens) for row in rows])
+            return decode(rows)
 
-        self.engine._start = recording_start  # type: ignore[method-assign]
-        self.engine.picker._take = recording_take  # type: ignore[method-assign]
+        self.engine.memory.decode = counted  # type: ignore[method-assign]
+
+    @property
+    def n_evaluated(self) -> int:
+        """Tokens that all replies together have cost so far, guesses included."""
+        return sum(sum(batch) for batch in self.batches)
+
+    def _new_reply(self, *args: Any) -> Reply:
+        self._newest = RecordingReply(*args)
+        return self._newest
 
     def close(self) -> None:
         self._fresh.close()
@@ -104,25 +117,30 @@ class Rig:
         n_tokens: int = 4,
         boundaries: Sequence[int] = (),
         background: bool = False,
-        anchor: bool = False,
+        read_only: bool = False,
     ) -> str:
         request_id = f"t{next(self._ids)}"
         self.prompts[request_id] = list(prompt)
+        settings = ReplySettings(
+            SamplingSettings(temperature=0.0), max_tokens=n_tokens, ignore_eos=True
+        )
         self.engine.submit(
             Request(
-                id=request_id,
-                prompt=list(prompt),
-                boundaries=tuple(b for b in boundaries if 0 < b < len(prompt)),
-                sampling=SamplingSettings(temperature=0.0),
-                dial=build_dial(self.engine.model, None, thinking=False),
-                parser=ReplyParser(starts_in_thinking=False),
-                max_tokens=n_tokens,
-                ignore_eos=True,
+                request_id,
+                np.array(prompt, np.int32),
+                tuple(b for b in boundaries if 0 < b < len(prompt)),
+                reply=None if read_only else settings,
                 background=background,
-                anchor=anchor,
             )
         )
+        if not read_only:
+            self.replies[request_id] = self._newest
         return request_id
+
+    def said(self, request_id: str) -> list[int]:
+        """The tokens of a reply so far."""
+        reply = self.replies.get(request_id)
+        return [] if reply is None else reply.tokens
 
     def step(self) -> None:
         for request_id, output in self.engine.step():
@@ -131,14 +149,14 @@ class Rig:
 
     def strike(self, action: Callable[[], object]) -> None:
         """Let something happen in the middle of the next evaluation, as other threads do."""
-        decode = self.engine.drafter.decode
+        decode = self.engine.memory.decode
 
         def struck(rows: Sequence[Row]) -> list[int | None]:
-            self.engine.drafter.decode = decode  # type: ignore[method-assign]
+            self.engine.memory.decode = decode  # type: ignore[method-assign]
             action()
             return decode(rows)
 
-        self.engine.drafter.decode = struck  # type: ignore[method-assign]
+        self.engine.memory.decode = struck  # type: ignore[method-assign]
 
     def run(self) -> None:
         while self.engine.busy:
@@ -150,7 +168,7 @@ class Rig:
         self.run()
         finished = self.finished[request_id]
         assert isinstance(finished, Finished), finished
-        return self.tokens.get(request_id, []), finished
+        return self.said(request_id), finished
 
     def check(self, request_id: str, tolerance: float = 1e-2) -> None:
         """Compare a reply with a fresh evaluation: logits within `tolerance`, same tokens.
@@ -173,20 +191,19 @@ class Rig:
         self, request_id: str, tolerance: float, n_batch: int, n_before: int
     ) -> str | None:
         """What sets a reply apart from a fresh evaluation in one layout."""
-        said = self.tokens.get(request_id, [])
-        logits = self.logits.get(request_id, [])
+        reply = self.replies[request_id]
         for seq_id in (0, 1):
             self._fresh.drop(seq_id)
         if n_before:  # other cells come first
             self._fresh.decode([Row(1, 0, list(range(32, 32 + n_before)), wants_logits=False)])
         pending, position = self.prompts[request_id], 0
-        for token, seen in zip(said, logits, strict=True):
+        for token, seen, forced in zip(reply.tokens, reply.logits, reply.forced, strict=True):
             fresh = self._evaluate_fresh(pending, position, n_batch)
             difference = float(np.abs(fresh - seen).max())
             if difference >= tolerance:
                 return f"{request_id} at {position}: logits differ by {difference}"
             best = int(fresh.argmax())
-            if fresh[best] - fresh[token] > tolerance:
+            if not forced and fresh[best] - fresh[token] > tolerance:
                 return f"{request_id} said {token}, a fresh evaluation {best}"
             position += len(pending)
             pending = [token]

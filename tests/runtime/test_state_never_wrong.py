@@ -56,7 +56,7 @@ class Conversations(RuleBasedStateMachine):
         tail=TOKENS,
         n_tokens=st.integers(1, 20),
         boundaries=st.lists(st.integers(1, 200), max_size=3),
-        anchor=st.booleans(),
+        read_only=st.booleans(),
         background=st.booleans(),
     )
     def submit(
@@ -65,15 +65,15 @@ class Conversations(RuleBasedStateMachine):
         tail: list[int],
         n_tokens: int,
         boundaries: list[int],
-        anchor: bool,
+        read_only: bool,
         background: bool,
     ) -> None:
         """A new conversation, a next turn, or an edit: any earlier text, cut anywhere, and more."""
         earlier, cuts = data.draw(st.sampled_from(self.history))
         keep = data.draw(st.sampled_from([len(earlier), len(earlier) // 2, 0, *cuts]))
         prompt = (earlier[:keep] + tail)[:200]
-        if anchor and not self.running:
-            self.rig.submit(prompt, boundaries=boundaries, anchor=True)
+        if read_only and not self.running:
+            self.rig.submit(prompt, boundaries=boundaries, read_only=True)
             return
         request_id = self.rig.submit(
             prompt, n_tokens=n_tokens, boundaries=boundaries, background=background
@@ -124,7 +124,7 @@ class Conversations(RuleBasedStateMachine):
         for request_id in [r for r in self.running if r in self.rig.finished]:
             self.running.remove(request_id)
             self.rig.check(request_id)
-            said = self.rig.tokens.get(request_id, [])
+            said = self.rig.said(request_id)
             text = self.rig.prompts[request_id] + said
             self.history.append((text, self.boundaries[request_id]))
 
@@ -189,7 +189,7 @@ def test_replies_equal_fresh_evaluations_at_length(
 def test_states_on_disk_are_what_a_restart_begins_with(pico_f32_gguf: Path, tmp_path: Path) -> None:
     rig = Rig(pico_f32_gguf, replace(SMALL, state_dir=str(tmp_path)))
     prompt = [32 + i % 700 for i in range(300)]
-    rig.submit(prompt, anchor=True)
+    rig.submit(prompt, read_only=True)
     rig.run()
     rig.reopen()
     tokens, finished = rig.ask([*prompt, 40, 41])
@@ -205,7 +205,7 @@ def test_states_of_another_file_are_not_used(
     options = replace(SMALL, state_dir=str(tmp_path))
     prompt = [32 + i % 700 for i in range(300)]
     rig = Rig(pico_f32_gguf, options)
-    rig.submit(prompt, anchor=True)
+    rig.submit(prompt, read_only=True)
     rig.run()
     rig.close()
     assert list(tmp_path.iterdir())

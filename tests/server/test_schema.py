@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from nanorun.model.chat import GenerateOptions, Grammar, Message, ToolCall
+from nanorun.model.sampling import NUMBERS
 from nanorun.model.think import LOW, OFF, Think
 from nanorun.server.errors import ApiError
 from nanorun.server.schema import EFFORTS, ChatRequest
@@ -134,6 +135,25 @@ def test_options_carry_every_setting() -> None:
     assert (options.max_tokens, options.temperature, options.top_p) == (9, 0.5, 0.9)
     assert (options.top_k, options.min_p, options.seed) == (40, 0.1, 2**40)
     assert options.stop == ("a", "b")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_sampling_value_is_taken_within_its_range(name: str) -> None:
+    ends = NUMBERS[name] or (0, 2**40)
+    for value in ends:
+        assert getattr(parse(**{name: value}).to_options(default_think=OFF), name) == value
+    if NUMBERS[name] is not None:
+        for value in (ends[0] - 0.001, ends[1] + 1, float("nan")):
+            with pytest.raises(ValidationError) as caught:
+                parse(**{name: value})
+            assert caught.value.errors()[0]["loc"] == (name,)
+
+
+def test_likelihood_and_biases_are_openais() -> None:
+    options = parse(logprobs=True, top_logprobs=3, logit_bias={"13": -100}).to_options(
+        default_think=OFF
+    )
+    assert (options.logprobs, options.logit_bias) == (3, ((13, -100.0),))
 
 
 def test_options_take_one_stop_and_the_newer_name_of_max_tokens() -> None:

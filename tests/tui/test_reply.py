@@ -45,7 +45,7 @@ def test_reply_goes_through_its_phases(reply: Reply) -> None:
         Notice("the engine was restarted"),
         Finished("stop"),
     ):
-        reply.feed(event)
+        reply.take(event)
         phases.append(reply.phase)
     assert phases == [
         Phase.WAITING, Phase.READING, Phase.THINKING, Phase.ANSWERING, Phase.ANSWERING, Phase.ENDED,
@@ -53,18 +53,18 @@ def test_reply_goes_through_its_phases(reply: Reply) -> None:
 
 
 def test_reply_counts_only_the_time_it_thinks(reply: Reply, clock: Clock) -> None:
-    reply.feed(PrefillProgress(5, 5, 0))
+    reply.take(PrefillProgress(5, 5, 0))
     clock.now += 7
-    reply.feed(ThinkingDelta("hm"))
+    reply.take(ThinkingDelta("hm"))
     clock.now += 2
     assert reply.thinking_s == pytest.approx(2)
-    reply.feed(TextDelta("yes"))
+    reply.take(TextDelta("yes"))
     clock.now += 5
     assert reply.thinking_s == pytest.approx(2)
 
 
 def test_reply_that_ends_in_thinking_keeps_its_time(reply: Reply, clock: Clock) -> None:
-    reply.feed(ThinkingDelta("hm"))
+    reply.take(ThinkingDelta("hm"))
     clock.now += 3
     reply.end()
     clock.now += 5
@@ -72,46 +72,46 @@ def test_reply_that_ends_in_thinking_keeps_its_time(reply: Reply, clock: Clock) 
 
 
 def test_reply_gives_each_text_once(reply: Reply) -> None:
-    reply.feed(ThinkingDelta("a"))
-    reply.feed(ThinkingDelta("b"))
-    reply.feed(TextDelta("c"))
+    reply.take(ThinkingDelta("a"))
+    reply.take(ThinkingDelta("b"))
+    reply.take(TextDelta("c"))
     assert (reply.take_thinking(), reply.take_answer()) == ("ab", "c")
-    reply.feed(TextDelta("d"))
+    reply.take(TextDelta("d"))
     assert (reply.take_thinking(), reply.take_answer()) == ("", "d")
 
 
 def test_reply_rate_is_counted_until_the_engine_tells_it(reply: Reply, clock: Clock) -> None:
-    reply.feed(TextDelta("a"))
+    reply.take(TextDelta("a"))
     assert reply.tps is None
     for _ in range(10):
         clock.now += 0.1
-        reply.feed(TextDelta("a"))
+        reply.take(TextDelta("a"))
     assert reply.tps == pytest.approx(10)
-    reply.feed(Finished("stop", timings=Timings(decode_tps=12.5)))
+    reply.take(Finished("stop", timings=Timings(decode_tps=12.5)))
     assert reply.tps == 12.5
 
 
 def test_reply_context_is_exact_at_the_end(reply: Reply) -> None:
     assert reply.n_used == 0
-    reply.feed(PrefillProgress(40, 90, 0))
+    reply.take(PrefillProgress(40, 90, 0))
     assert reply.n_used == 40
-    reply.feed(PrefillProgress(90, 90, 0))
-    reply.feed(TextDelta("two tokens"))
+    reply.take(PrefillProgress(90, 90, 0))
+    reply.take(TextDelta("two tokens"))
     assert reply.n_used == 91
-    reply.feed(Finished("stop", usage=Usage(prompt_tokens=90, completion_tokens=2)))
+    reply.take(Finished("stop", usage=Usage(prompt_tokens=90, completion_tokens=2)))
     assert reply.n_used == 92
 
 
 def test_reply_becomes_a_message_with_its_thinking(reply: Reply) -> None:
     call = ToolCall("1", "add", {"a": 1})
     for event in (ThinkingDelta("hm"), TextDelta("yes"), ToolCallDelta(0, call)):
-        reply.feed(event)
+        reply.take(event)
     assert reply.message() == Message("assistant", "yes", thinking="hm", tool_calls=(call,))
 
 
 def test_reply_of_nothing_but_white_space_has_no_answer(reply: Reply) -> None:
-    reply.feed(ThinkingDelta("hm"))
-    reply.feed(TextDelta("\n"))
+    reply.take(ThinkingDelta("hm"))
+    reply.take(TextDelta("\n"))
     assert not reply.has_answer
 
 
@@ -134,11 +134,11 @@ def test_reply_of_nothing_but_white_space_has_no_answer(reply: Reply) -> None:
     ],
 )
 def test_reply_facts_say_how_it_ended(reply: Reply, answer: str, end: Finished, facts: str) -> None:
-    reply.feed(TextDelta(answer))
-    reply.feed(end)
+    reply.take(TextDelta(answer))
+    reply.take(end)
     assert reply.facts() == facts
 
 
 def test_reply_facts_say_how_far_the_prompt_is_read(reply: Reply) -> None:
-    reply.feed(PrefillProgress(512, 12_288, 0))
+    reply.take(PrefillProgress(512, 12_288, 0))
     assert reply.facts() == "reading 512 of 12k tokens"

@@ -106,6 +106,9 @@ class OutputFiles:
     def write(self, data: NDArray[np.uint8]) -> None:
         """Append data of the current tensor; the last piece brings its padding along.
 
+        Args:
+            data: Bytes, in any shape; they follow one another in C order.
+
         Raises:
             NanorunError: If it cannot be written: disk full, file too large, folder gone.
         """

@@ -33,7 +33,7 @@ class RangeCache:
     def read(
         self, file: str, offset: int, n_bytes: int, n_file_bytes: int, fetch: Fetch
     ) -> NDArray[np.uint8]:
-        """`n_bytes` of `file` from `offset`; large runs are fetched as they are, and not kept."""
+        """`(n_bytes,)` of `file` from `offset`; large runs are fetched as they are, not kept."""
         first, last = offset // BLOCK_BYTES, (offset + n_bytes - 1) // BLOCK_BYTES
         if n_bytes == 0:
             return np.empty(0, np.uint8)

@@ -15,9 +15,10 @@ import typer
 
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import is_terminal, write_data, write_json
-from nanorun.model.arch import HybridArch, LayerKind, arch_from_gguf
+from nanorun.model.arch import HybridArch, LayerKind
 from nanorun.model.footprint import kv_bytes_per_token, state_bytes, weights_bytes
 from nanorun.model.gguf import GgufFile, read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors, role_of
 from nanorun.model.units import format_gib
 

@@ -8,27 +8,28 @@ the loop; `worker.py` is that caller in the product, tests drive it by hand.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from itertools import chain, count
 
 from nanorun.errors import ContextFull, NanorunError
 from nanorun.model.chat import EngineStats, Event, Finished, FinishReason
 from nanorun.model.engine_options import EngineOptions
-from nanorun.runtime.drafting.drafter import Guess, build_drafter, check_speculation
+from nanorun.runtime.drafting.choose import check_speculation, choose_drafter
+from nanorun.runtime.drafting.drafter import DraftRequest
 from nanorun.runtime.engine.admission import Admission
-from nanorun.runtime.engine.picking import Pick, TokenPicker
 from nanorun.runtime.engine.request import Request
-from nanorun.runtime.engine.scheduler import (
-    last_in_turn,
-    plan_rows,
-    separate_guesses,
-)
-from nanorun.runtime.engine.stream import Stream
-from nanorun.runtime.llama.context import Aborted, CacheFull, Context, Row
+from nanorun.runtime.engine.scheduler import last_in_turn, plan_rows, separate_guesses
+from nanorun.runtime.engine.sequence import Sequence
+from nanorun.runtime.engine.unsaved import Unsaved
+from nanorun.runtime.llama.context import Aborted, CacheFull, Context
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.penalties import build_penalties
+from nanorun.runtime.llama.row import Row
 from nanorun.runtime.prompt_state.archive import Archive
 from nanorun.runtime.prompt_state.branch import Branch
 from nanorun.runtime.prompt_state.prefix_tree import PrefixTree
 from nanorun.runtime.prompt_state.store import open_store
+from nanorun.runtime.reply.reply import Advance, Reply, ReplySettings
 from nanorun.runtime.sampling.sampler import Sampler
 
 # Cells a reply needs beyond its prompt before it is worth starting.
@@ -38,7 +39,8 @@ _MIN_SAVED_TOKENS = 128
 
 Output = tuple[str, Event | NanorunError]
 """A request's id and what happened to it; an error or `Finished` is its last."""
-Plan = list[tuple[Stream, Row]]
+Plan = list[tuple[Sequence, Row]]
+NewReply = Callable[[ReplySettings, LoadedModel, Sampler, int], Reply]
 
 
 class Engine:
@@ -47,44 +49,43 @@ class Engine:
     Args:
         model: The weights; closed with the engine.
         options: Sizes of the context.
+        new_reply: Makes replies; tests listen in on them.
 
     Raises:
         MemoryPlanError: If the context cannot be allocated.
     """
 
-    def __init__(self, model: LoadedModel, options: EngineOptions) -> None:
+    def __init__(
+        self, model: LoadedModel, options: EngineOptions, new_reply: NewReply = Reply
+    ) -> None:
         self.model = model
         self.options = options
         check_speculation(model, options)
         self.context = Context(model, options)
-        self.drafter = build_drafter(self.context, options)
-        self.picker = TokenPicker(model, self.context, options)
+        self.memory, self.drafter = choose_drafter(self.context, options)
         self.tree = PrefixTree(
-            self.drafter.memory,
+            self.memory,
             options.n_seq_max,
             self.context.n_ctx,
             Archive(options.archive_bytes, open_store(model, options), _MIN_SAVED_TOKENS),
             options.checkpoint_bytes,
         )
-        self._admission: Admission[Stream] = Admission(self.tree)
-        self._waiting: list[Stream] = []
-        self._running: list[Stream] = []
-        self._in_batch: list[Stream] = []
-        self._unsaved: dict[str, Branch] = {}
-        """Sequences to be saved in idle time, by the request that made them. Reading ahead goes by
-        the name of its reply, and takes its place."""
+        self._new_reply = new_reply
+        self._admission: Admission[Sequence] = Admission(self.tree)
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._in_batch: list[Sequence] = []
+        self._unsaved = Unsaved(self.tree)
         self._orders = count()
         self._batch_lock = threading.Lock()
 
     def close(self) -> None:
         """Save what is worth keeping, free the context and the weights."""
-        for stream in list(self._running):
-            self._leave(stream, keep=True)
-        while branch := self._next_unsaved():
-            self.tree.save(branch)
+        for sequence in list(self._running):
+            self._leave(sequence, keep=True)
+        self._unsaved.save_all()
         self.tree.close()
-        self.drafter.close()
-        self.context.close()
+        self.memory.close()
         self.model.close()
 
     @property
@@ -110,10 +111,19 @@ class Engine:
                 facts=[f"the model was trained for {n_trained}"],
                 tries=[longer] if n_wanted <= n_trained else [],
             )
-        if not request.anchor:
-            for stream in [s for s in (*self._waiting, *self._running) if s.request.anchor]:
-                self._leave(stream, keep=True)
-        self._waiting.append(Stream(request, next(self._orders)))
+        reply = None
+        if request.reply is not None:
+            self._stop_reading_ahead()
+            reply = self._reply_to(request.reply, n_ctx - n_prompt)
+        self._waiting.append(Sequence(request, next(self._orders), reply))
+
+    def _reply_to(self, settings: ReplySettings, n_most: int) -> Reply:
+        penalties = build_penalties(settings.sampling, self.model.n_vocab, self.model.vocab)
+        return self._new_reply(settings, self.model, Sampler(settings.sampling, penalties), n_most)
+
+    def _stop_reading_ahead(self) -> None:
+        for sequence in [s for s in (*self._waiting, *self._running) if s.is_read_only]:
+            self._leave(sequence, keep=True)
 
     def cancel(self, request_id: str) -> None:
         """Ask a request to end; it does within one batch. May be called from any thread."""
@@ -123,27 +133,29 @@ class Engine:
         """Ask all requests to end, as `cancel` does."""
         self._cancel([*tuple(self._waiting), *tuple(self._running)])
 
-    def _cancel(self, streams: list[Stream]) -> None:
-        for stream in streams:
-            stream.cancelled = True
+    def _cancel(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            sequence.cancelled = True
         with self._batch_lock:
             # A batch of several sequences moves the states of others (docs/engine-hazards.md).
             if len(self._in_batch) == 1 and self._in_batch[0].cancelled:
                 self.context.abort()
 
     def finish_thinking(self, request_id: str) -> None:
-        """End the thinking of a running reply soon ("answer now")."""
-        for stream in self._find(request_id):
-            stream.request.dial.finish_thinking()
+        """End the thinking of a reply soon ("answer now")."""
+        for sequence in self._find(request_id):
+            if sequence.reply is not None:
+                sequence.reply.finish_thinking()
 
     def set_budget(self, request_id: str, budget: int | None) -> None:
-        """Give a running reply another budget of thinking tokens."""
-        for stream in self._find(request_id):
-            stream.request.dial.set_budget(budget)
+        """Give a reply another budget of thinking tokens."""
+        for sequence in self._find(request_id):
+            if sequence.reply is not None:
+                sequence.reply.set_budget(budget)
 
-    def _find(self, request_id: str) -> list[Stream]:
-        streams = chain(tuple(self._waiting), tuple(self._running))
-        return [stream for stream in streams if stream.request.id == request_id]
+    def _find(self, request_id: str) -> list[Sequence]:
+        sequences = chain(tuple(self._waiting), tuple(self._running))
+        return [sequence for sequence in sequences if sequence.request.id == request_id]
 
     def stats(self) -> EngineStats:
         """What is held right now."""
@@ -163,16 +175,8 @@ class Engine:
         Returns:
             False if none is left.
         """
-        if not self.tree.is_saving and (branch := self._next_unsaved()):
-            self.tree.save(branch)
+        self._unsaved.save_one()
         return bool(self._unsaved)
-
-    def _next_unsaved(self) -> Branch | None:
-        while self._unsaved:
-            _, branch = self._unsaved.popitem()
-            if branch in self.tree.branches and not branch.busy:
-                return branch
-        return None
 
     # -- one round ------------------------------------------------------------------------------
 
@@ -184,94 +188,100 @@ class Engine:
         plan, starved = self._fit(
             plan_rows(self._running, self.options.n_batch, self.options.n_ubatch)
         )
-        for stream in starved:
-            outputs += self._end(stream, "length")
+        for sequence in starved:
+            assert sequence.reply is not None
+            outputs += [(sequence.request.id, event) for event in sequence.reply.cut_off()]
+            outputs += self._finish(sequence, "length")
         if plan:
             outputs += self._evaluate(plan)
         return outputs
 
     def _draft(self) -> None:
-        """Guess what answering streams will say, where nothing but the model decides that."""
+        """Guess what replies will say next: what they must say, else what the drafter thinks."""
         if not self.options.n_rs_seq:
             return
-        guessing = [stream for stream in self._running if stream.may_guess]
-        guesses = [self._guess(stream) for stream in guessing]
-        for stream, drafts in zip(guessing, self.drafter.draft(guesses), strict=True):
-            stream.drafts = drafts
+        requests = []
+        for sequence in self._running:
+            if sequence.reply is None or sequence.pending is None or sequence.in_prefill:
+                continue
+            request = self._draft_request(sequence, sequence.reply, sequence.pending)
+            sequence.drafts = sequence.reply.expected()[: request.n_most]
+            if not sequence.drafts:
+                requests.append((sequence, sequence.reply, request))
+        drafts = self.drafter.draft([request for _, _, request in requests])
+        for (sequence, reply, _), guess in zip(requests, drafts, strict=True):
+            sequence.drafts = reply.admitted(guess)
 
-    def _guess(self, stream: Stream) -> Guess:
-        assert stream.branch is not None and stream.pending is not None
-        n_left = self.context.n_ctx - stream.n_evaluated - 2
-        if stream.request.max_tokens:
-            n_left = min(n_left, stream.request.max_tokens - stream.n_completion - 1)
-        return Guess(
-            stream.branch.seq_id, stream.branch.tokens, stream.pending,
-            max(0, min(n_left, stream.n_draft, self.options.n_draft)),
-        )  # fmt: skip
+    def _draft_request(self, sequence: Sequence, reply: Reply, pending: int) -> DraftRequest:
+        assert sequence.branch is not None
+        n_left = min(
+            self.context.n_ctx - sequence.n_evaluated - 2, reply.n_most - reply.n_tokens - 1
+        )
+        n_most = max(0, min(n_left, sequence.n_draft, self.options.n_draft))
+        return DraftRequest(sequence.branch.seq_id, sequence.branch.tokens, pending, n_most)
 
     def _sweep_cancelled(self) -> list[Output]:
         gone = [s for s in (*self._waiting, *self._running) if s.cancelled]
-        return [output for stream in gone for output in self._finish(stream, "cancelled")]
+        return [output for sequence in gone for output in self._finish(sequence, "cancelled")]
 
     def _admit(self) -> list[Output]:
         outputs: list[Output] = []
-        for stream in sorted(self._waiting, key=lambda stream: stream.turn):
-            if self._waits_for_leader(stream):
+        for sequence in sorted(self._waiting, key=lambda sequence: sequence.turn):
+            if self._waits_for_leader(sequence):
                 continue
-            if not self._find_place(stream):
+            if not self._find_place(sequence):
                 break  # later ones must not overtake it for ever
-            branch = self.tree.acquire(self._admission.match(stream))
+            branch = self.tree.acquire(self._admission.match(sequence))
             if branch is None:
                 break
-            is_new = not stream.started
-            self._start(stream, branch)
-            if is_new and not stream.request.anchor:
-                outputs.append((stream.request.id, stream.progress()))
+            is_new = not sequence.started
+            self._start(sequence, branch)
+            if is_new and not sequence.is_read_only:
+                outputs.append((sequence.request.id, sequence.progress()))
         return outputs
 
-    def _find_place(self, stream: Stream) -> bool:
-        """Whether a stream can run now; background work is suspended for one in the foreground."""
-        while not self._has_place(stream):
-            victim = last_in_turn(self._running, than=stream)
+    def _find_place(self, sequence: Sequence) -> bool:
+        """Whether a sequence can run now; what is in the background gives way to others."""
+        while not self._has_place(sequence):
+            victim = last_in_turn(self._running, than=sequence)
             if victim is None:
                 return False
             self._suspend(victim)
         return True
 
-    def _has_place(self, stream: Stream) -> bool:
+    def _has_place(self, sequence: Sequence) -> bool:
         if not self._running:
             return True
         if len(self._running) >= self.options.n_parallel:
             return False
-        n_needed = self.tree.n_cells_needed(self._admission.match(stream)) + _MIN_REPLY_CELLS
-        return n_needed <= self.tree.n_cells_obtainable()
+        n_needed = self.tree.n_cells_needed(self._admission.match(sequence)) + _MIN_REPLY_CELLS
+        n_promised = sum(other.n_to_read for other in self._running)
+        return n_needed + n_promised <= self.tree.n_cells_obtainable()
 
-    def _suspend(self, stream: Stream) -> None:
-        """Take a stream's sequence away; it goes on when there is room again."""
-        self._running.remove(stream)
-        self.tree.release(stream.suspend())
-        self._waiting.append(stream)
+    def _suspend(self, sequence: Sequence) -> None:
+        """Take a sequence's branch away; it goes on when there is room again."""
+        self._running.remove(sequence)
+        self.tree.release(sequence.suspend())
+        self._waiting.append(sequence)
 
-    def _waits_for_leader(self, stream: Stream) -> bool:
+    def _waits_for_leader(self, sequence: Sequence) -> bool:
         """Whether a running prefill will soon hold more of this prompt than anything else does."""
         # Background work may itself be kept waiting for others.
-        candidates = [s for s in self._running if s.turn[:2] <= stream.turn[:2]]
-        found = self._admission.leader(stream, candidates)
+        candidates = [s for s in self._running if s.turn[:2] <= sequence.turn[:2]]
+        found = self._admission.leader(sequence, candidates)
         if found is None:
             return False
         leader, n_shared = found
-        leader.stops.add(n_shared)
+        leader.pauses.add(n_shared)
         return True
 
-    def _start(self, stream: Stream, branch: Branch) -> None:
-        self._admission.forget(stream)
-        self._waiting.remove(stream)
-        self._running.append(stream)
-        stream.start(branch)
-        if stream.sampler is None:
-            stream.sampler = Sampler(stream.request.sampling, self.model.n_vocab, self.model.vocab)
+    def _start(self, sequence: Sequence, branch: Branch) -> None:
+        self._admission.forget(sequence)
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        sequence.start(branch)
 
-    def _fit(self, plan: Plan) -> tuple[Plan, list[Stream]]:
+    def _fit(self, plan: Plan) -> tuple[Plan, list[Sequence]]:
         """Make room for a batch: who came last is suspended; who is alone has used it all up."""
         while plan and not self.tree.make_room(sum(len(row.tokens) for _, row in plan)):
             victim = last_in_turn(self._running)
@@ -279,120 +289,106 @@ class Engine:
             if len(self._running) == 1:
                 return [], [victim]
             self._suspend(victim)
-            plan = [(stream, row) for stream, row in plan if stream is not victim]
+            plan = [(sequence, row) for sequence, row in plan if sequence is not victim]
         return plan, []
 
     def _evaluate(self, plan: Plan) -> list[Output]:
         outputs: list[Output] = []
         for part in separate_guesses(plan, self.options.n_ubatch):
-            # A part that fails ends the streams of the others as well.
-            if part := [(stream, row) for stream, row in part if stream in self._running]:
+            # A part that fails ends the sequences of the others as well.
+            if part := [(sequence, row) for sequence, row in part if sequence in self._running]:
                 outputs += self._evaluate_part(part)
         return outputs
 
     def _evaluate_part(self, plan: Plan) -> list[Output]:
-        batch = [stream for stream, _ in plan]
+        batch = [sequence for sequence, _ in plan]
         with self._batch_lock:
             self._in_batch = batch
         try:
-            indices = self.drafter.decode([row for _, row in plan])
-            picks = [self._advance(s, row, i) for (s, row), i in zip(plan, indices, strict=True)]
-            self.drafter.follow(
-                [(row, pick.n_kept) for (_, row), pick in zip(plan, picks, strict=True)]
+            indices = self.memory.decode([row for _, row in plan])
+            advances = [self._advance(s, r, i) for (s, r), i in zip(plan, indices, strict=True)]
+            self.memory.keep(
+                [(r, r.n_certain + a.n_accepted) for (_, r), a in zip(plan, advances, strict=True)]
             )
         except Aborted:
-            return [output for stream in batch for output in self._break_off(stream)]
+            return [output for sequence in batch for output in self._break_off(sequence)]
         except CacheFull as error:
-            return [self._fail(stream, error) for stream in batch]
+            return [self._fail(sequence, error) for sequence in batch]
         except NanorunError as error:
             # The states of sequences beside the batch may have been on the move.
-            outputs = [self._fail(stream, error) for stream in tuple(self._running)]
+            outputs = [self._fail(sequence, error) for sequence in tuple(self._running)]
             self.tree.drop_idle()
             return outputs
         finally:
             with self._batch_lock:
                 self._in_batch = []
                 self.context.resume()
-        return [o for s, pick in zip(batch, picks, strict=True) for o in self._conclude(s, pick)]
+        return [o for s, a in zip(batch, advances, strict=True) for o in self._conclude(s, a)]
 
-    # -- one stream -----------------------------------------------------------------------------
+    # -- one sequence ---------------------------------------------------------------------------
 
-    def _advance(self, stream: Stream, row: Row, index: int | None) -> Pick:
-        """Book what was evaluated; with logits, pick tokens as far as the guesses hold."""
-        assert stream.branch is not None
-        was_prefill = stream.in_prefill
-        pick = Pick(n_kept=len(row.tokens) - row.n_drafts)
-        if was_prefill and not stream.n_completion and not stream.request.anchor:
-            n_read = stream.n_evaluated + pick.n_kept
-            pick.events.append(stream.progress(n_read))
-        if index is not None:
-            self.picker.pick(stream, row, index, pick)
-        self.tree.extend(
-            stream.branch, row.tokens[: pick.n_kept], settled=pick.n_kept == len(row.tokens)
-        )
-        if pick.n_kept < len(row.tokens):
-            n_back = len(row.tokens) - pick.n_kept
-            self.context.roll_back(row.seq_id, stream.n_evaluated, n_back)
-        return pick
+    def _advance(self, sequence: Sequence, row: Row, index: int | None) -> Advance:
+        """Book what was evaluated; with logits, let the reply go on as far as the guesses hold."""
+        assert sequence.branch is not None
+        events: list[Event] = []
+        if sequence.in_prefill and sequence.reply is not None and not sequence.reply.n_tokens:
+            events.append(sequence.progress(sequence.n_evaluated + row.n_certain))
+        advance = Advance(0, None, events)
+        if index is not None and sequence.reply is not None:
+            logits = self.memory.logits_of(index, row.n_drafts + 1)
+            advance = sequence.reply.advance(logits, row.tokens[row.n_certain :])
+            advance.events[:0] = events
+            sequence.note(advance, self.options.n_draft)
+        n_kept = row.n_certain + advance.n_accepted
+        self.tree.extend(sequence.branch, row.tokens[:n_kept], settled=n_kept == len(row.tokens))
+        return advance
 
-    def _conclude(self, stream: Stream, pick: Pick) -> list[Output]:
-        """What a batch came to for one stream, once its sequence is in order."""
-        outputs: list[Output] = [(stream.request.id, event) for event in pick.events]
-        if pick.failure is not None:
-            return [*outputs, self._fail(stream, pick.failure)]
-        if pick.reason is not None:
-            return outputs + self._end(stream, pick.reason)
-        if stream.n_evaluated in stream.stops:
-            stream.stops.discard(stream.n_evaluated)
-            assert stream.branch is not None
-            self.tree.checkpoint(stream.branch)
-        if stream.request.anchor and not stream.in_prefill:
-            return self._finish(stream, "stop")
+    def _conclude(self, sequence: Sequence, advance: Advance) -> list[Output]:
+        """What a batch came to for one sequence, once its branch is in order."""
+        outputs: list[Output] = [(sequence.request.id, event) for event in advance.events]
+        if advance.failure is not None:
+            return [*outputs, self._fail(sequence, advance.failure)]
+        reply = sequence.reply
+        if reply is not None and reply.end is not None:
+            outputs += [(sequence.request.id, event) for event in reply.last_words()]
+            return outputs + self._finish(sequence, reply.end)
+        if sequence.n_evaluated in sequence.pauses:
+            sequence.pauses.discard(sequence.n_evaluated)
+            assert sequence.branch is not None
+            self.tree.checkpoint(sequence.branch)
+        if sequence.is_read_only and not sequence.in_prefill:
+            self._leave(sequence, keep=True)
         return outputs
 
-    def _end(self, stream: Stream, reason: FinishReason) -> list[Output]:
-        """Flush the parser, then finish; a reply that calls tools says so."""
-        request = stream.request
-        outputs: list[Output] = [(request.id, event) for event in request.parser.finish()]
-        if reason == "stop" and request.parser.n_tool_calls:
-            reason = "tool_calls"
-        return outputs + self._finish(stream, reason)
-
-    def _finish(self, stream: Stream, reason: FinishReason, *, keep: bool = True) -> list[Output]:
-        self._leave(stream, keep=keep)
-        request = stream.request
-        if request.anchor:
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, *, keep: bool = True
+    ) -> list[Output]:
+        self._leave(sequence, keep=keep)
+        if sequence.reply is None:
             return []
-        event = Finished(reason, stream.usage(), stream.timings(), request.parser.stopped_by)
-        return [(request.id, event)]
+        event = Finished(reason, sequence.usage(), sequence.timings(), sequence.reply.stopped_by)
+        return [(sequence.request.id, event)]
 
-    def _break_off(self, stream: Stream) -> list[Output]:
-        """End a stream in mid-batch; what it had read up to its last checkpoint stays."""
-        assert stream.branch is not None
-        keep = self.tree.cut_to_checkpoint(stream.branch)
-        return self._finish(stream, "cancelled", keep=keep)
+    def _break_off(self, sequence: Sequence) -> list[Output]:
+        """End a sequence in mid-batch; what it had read up to its last checkpoint stays."""
+        assert sequence.branch is not None
+        keep = self.tree.cut_to_checkpoint(sequence.branch)
+        return self._finish(sequence, "cancelled", keep=keep)
 
-    def _fail(self, stream: Stream, error: NanorunError) -> Output:
-        self._leave(stream, keep=False)
-        return stream.request.id, error
+    def _fail(self, sequence: Sequence, error: NanorunError) -> Output:
+        self._leave(sequence, keep=False)
+        return sequence.request.id, error
 
-    def _leave(self, stream: Stream, *, keep: bool) -> None:
-        """Take a stream out of the engine; its sequence stays for later prompts if it is sound."""
-        self._admission.forget(stream)
-        (self._waiting if stream in self._waiting else self._running).remove(stream)
-        if stream.sampler is not None:
-            stream.sampler.close()
-            stream.sampler = None
-        if stream.branch is not None:
+    def _leave(self, sequence: Sequence, *, keep: bool) -> None:
+        """Take a sequence out of the engine; its branch stays for later prompts if it is sound."""
+        self._admission.forget(sequence)
+        (self._waiting if sequence in self._waiting else self._running).remove(sequence)
+        if sequence.reply is not None:
+            sequence.reply.close()
+        if sequence.branch is not None:
             if keep:
-                self._note_unsaved(stream, stream.branch)
-            self.tree.release(stream.branch, keep=keep)
-
-    def _note_unsaved(self, stream: Stream, branch: Branch) -> None:
-        """Remember a sequence that a later turn may begin with; forget those that were evicted."""
-        held = set(self.tree.branches)
-        self._unsaved = {name: other for name, other in self._unsaved.items() if other in held}
-        self._unsaved[stream.request.id] = branch
+                self._unsaved.note(sequence.request.id, sequence.branch)
+            self.tree.release(sequence.branch, keep=keep)
 
 
 def _round_up(n: int, multiple: int = 1024) -> int:

@@ -1,8 +1,8 @@
 """Which tokens go into the next batch: pure decisions, no engine.
 
-Streams that are answering come first, one token each, so that a long prompt never stops them;
+Sequences that are answering come first, one token each, so that a long prompt never stops them;
 prompts share what is left of the batch in order of arrival. While someone is answering, prompts
-are read in smaller pieces, because a batch delays every stream in it.
+are read in smaller pieces, because a batch delays every sequence in it.
 """
 
 from __future__ import annotations
@@ -10,24 +10,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
-from nanorun.runtime.engine.request import Request
-from nanorun.runtime.llama.context import Row
+from nanorun.runtime.llama.row import Row
 from nanorun.runtime.prompt_state.branch import Branch
 from nanorun.runtime.prompt_state.prefixes import Tokens
 
-# Prompt tokens a batch may hold beside answering streams.
+# Prompt tokens a batch may hold beside answering sequences.
 MAX_PREFILL_BESIDE_DECODE = 128
+# Tokens of a batch that only reads ahead: a request that comes meanwhile waits for its end.
+MAX_READ_AHEAD = 32
 
 
 class Schedulable(Protocol):
-    """What the scheduler needs to know of a stream."""
+    """What the scheduler needs to know of a sequence."""
 
-    request: Request
     prompt: Tokens
     branch: Branch | None
     pending: int | None
     drafts: list[int]
-    stops: set[int]
+    pauses: set[int]
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing is said after the prompt."""
 
     @property
     def n_evaluated(self) -> int:
@@ -39,43 +43,45 @@ class Schedulable(Protocol):
 
     @property
     def turn(self) -> tuple[bool, bool, int]:
-        """Sorts streams: who is served first."""
+        """Sorts sequences: who is served first."""
 
 
 S = TypeVar("S", bound=Schedulable)
 
 
-def plan_rows(streams: Sequence[S], n_batch: int, n_ubatch: int) -> list[tuple[S, Row]]:
-    """Lay out the next batch: answering streams, then prompts within one ubatch.
+def plan_rows(sequences: Sequence[S], n_batch: int, n_ubatch: int) -> list[tuple[S, Row]]:
+    """Lay out the next batch: answering sequences, then prompts within one ubatch.
 
     Args:
-        streams: Running streams; their turns decide whose prompt is read first.
+        sequences: Those that run; their turns decide whose prompt is read first.
         n_batch: Tokens a batch may hold.
         n_ubatch: Tokens after which a cancellation takes effect.
     """
     plan: list[tuple[S, Row]] = []
-    streams = sorted(streams, key=lambda stream: stream.turn)
-    for stream in streams:
-        if not stream.in_prefill and stream.branch is not None and stream.pending is not None:
-            tokens, n_drafts = [stream.pending, *stream.drafts], len(stream.drafts)
-            row = Row(stream.branch.seq_id, stream.n_evaluated, tokens, True, n_drafts=n_drafts)
-            plan.append((stream, row))
+    in_turn = sorted(sequences, key=lambda sequence: sequence.turn)
+    for sequence in in_turn:
+        if not sequence.in_prefill and sequence.branch is not None and sequence.pending is not None:
+            tokens, n_drafts = [sequence.pending, *sequence.drafts], len(sequence.drafts)
+            row = Row(sequence.branch.seq_id, sequence.n_evaluated, tokens, True, n_drafts=n_drafts)
+            plan.append((sequence, row))
     n_left = min(n_batch, n_ubatch) - sum(len(row.tokens) for _, row in plan)
     if plan:
         n_left = min(n_left, MAX_PREFILL_BESIDE_DECODE)
-    for stream in streams:
-        if stream.in_prefill and stream.branch is not None and n_left > 0:
-            row = _prefill_row(stream, stream.branch, n_left)
-            plan.append((stream, row))
+    elif all(sequence.is_read_only for sequence in in_turn):
+        n_left = min(n_left, MAX_READ_AHEAD)
+    for sequence in in_turn:
+        if sequence.in_prefill and sequence.branch is not None and n_left > 0:
+            row = _prefill_row(sequence, sequence.branch, n_left)
+            plan.append((sequence, row))
             n_left -= len(row.tokens)
     return plan
 
 
-def _prefill_row(stream: Schedulable, branch: Branch, n_most: int) -> Row:
-    """The next piece of a prompt, ending early where the stream has to pause."""
-    prompt, start = stream.prompt, stream.n_evaluated
-    end = min(len(prompt), start + n_most, *(p for p in stream.stops if p > start))
-    wants_logits = end == len(prompt) and not stream.request.anchor
+def _prefill_row(sequence: Schedulable, branch: Branch, n_most: int) -> Row:
+    """The next piece of a prompt, ending early where the sequence has to pause."""
+    prompt, start = sequence.prompt, sequence.n_evaluated
+    end = min(len(prompt), start + n_most, *(p for p in sequence.pauses if p > start))
+    wants_logits = end == len(prompt) and not sequence.is_read_only
     return Row(branch.seq_id, start, prompt[start:end].tolist(), wants_logits)
 
 
@@ -88,8 +94,8 @@ def separate_guesses(plan: Sequence[tuple[S, Row]], n_ubatch: int) -> list[list[
     next part.
     """
     by_length: dict[int, list[tuple[S, Row]]] = {}
-    for stream, row in plan:
-        by_length.setdefault(len(row.tokens) if row.n_drafts else 0, []).append((stream, row))
+    for sequence, row in plan:
+        by_length.setdefault(len(row.tokens) if row.n_drafts else 0, []).append((sequence, row))
     parts = []
     for length, rows in sorted(by_length.items()):
         n_rows = n_ubatch // length if length else len(rows)
@@ -98,13 +104,13 @@ def separate_guesses(plan: Sequence[tuple[S, Row]], n_ubatch: int) -> list[list[
 
 
 def last_in_turn(running: Sequence[S], than: S | None = None) -> S | None:
-    """The running stream to suspend when there is not room for all.
+    """The running sequence to suspend when there is not room for all.
 
     Args:
         running: Candidates.
-        than: Who needs the room; only background work gives way to an interactive stream.
+        than: Who needs the room; only background work gives way to an interactive request.
     """
     candidates = [
         s for s in running if than is None or (s.turn[:2] > than.turn[:2] and s is not than)
     ]
-    return max(candidates, key=lambda stream: stream.turn, default=None)
+    return max(candidates, key=lambda sequence: sequence.turn, default=None)

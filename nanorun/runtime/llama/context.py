@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,25 +21,11 @@ from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.llama.binding import engine_log, load_llama
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.llama.params import context_params
+from nanorun.runtime.llama.row import Row
 
 _GO_ON, _STOP = b"0", b"1"
 _CODE_NO_MEMORY = -2  # llama_decode's answer to GGML_STATUS_ALLOC_FAILED
 _STATE_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY: the recurrent part alone
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Tokens that one sequence adds to a batch, at positions `pos`, `pos + 1`, ..."""
-
-    seq_id: int
-    pos: int
-    tokens: Sequence[int]
-    wants_logits: bool
-    """Whether the logits after the last of them are wanted."""
-    all_logits: bool = False
-    """Whether the logits after each of them are wanted (scoring, checking guesses)."""
-    n_drafts: int = 0
-    """Tokens at the end that are only guessed."""
 
 
 class CacheFull(EngineError):
@@ -216,6 +201,12 @@ class Context:
         """Shorten a sequence to its first `n_tokens`, given the recurrent state of there."""
         self._set_state(seq_id, state, _STATE_PARTIAL_ONLY)
         self.remove_tail(seq_id, n_tokens)
+
+    def keep(self, kept: Sequence[tuple[Row, int]]) -> None:
+        """Keep so many tokens of each row of the last batch, and take the others back."""
+        for row, n_kept in kept:
+            if n_kept < len(row.tokens):
+                self.roll_back(row.seq_id, row.pos + n_kept, len(row.tokens) - n_kept)
 
     def roll_back(self, seq_id: int, n_tokens: int, n_back: int) -> None:
         """Take back the last `n_back` tokens of the last batch, which leaves `n_tokens`.

@@ -175,7 +175,14 @@ def _row_type(n_vocab: int) -> np.dtype[np.void]:
 
 
 def encoded_predictions(logits: NDArray[np.float32]) -> NDArray[np.void]:
-    """Rows of logits as log probabilities in steps of a 65535th of their range."""
+    """Rows of logits as log probabilities in steps of a 65535th of their range.
+
+    Args:
+        logits: `(n_rows, n_vocab)`.
+
+    Returns:
+        Records of `_row_type(n_vocab)`, `(n_rows,)`.
+    """
     rows = np.empty(len(logits), _row_type(logits.shape[1]))
     log_p = log_softmax(logits)
     most = log_p.max(-1)
@@ -190,7 +197,15 @@ def encoded_predictions(logits: NDArray[np.float32]) -> NDArray[np.void]:
 
 
 def decoded_divergences(rows: NDArray[np.void], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL divergence of each row of `log_q` from the stored reference."""
+    """KL divergence of each row of `log_q` from the stored reference, in nats.
+
+    Args:
+        rows: The reference, from `encoded_predictions`, `(n_rows,)`.
+        log_q: Log probabilities to compare, `(n_rows, n_vocab)`.
+
+    Returns:
+        One divergence a row, `(n_rows,)`.
+    """
     step, least = rows["step"].astype(np.float64), rows["least"].astype(np.float64)
     log_p = rows["codes"] * step[:, None] + least[:, None]
     terms = np.exp(log_p) * (log_p - log_q)

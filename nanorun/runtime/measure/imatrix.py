@@ -21,9 +21,10 @@ from nanorun.errors import EngineError, UsageError
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.ggml_type import GgmlType
 from nanorun.runtime.llama.binding import load_llama
-from nanorun.runtime.llama.context import Context, Row
+from nanorun.runtime.llama.context import Context
 from nanorun.runtime.llama.ggml_tensor import Tensor, plain_name, tensor_library
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.row import Row
 from nanorun.runtime.measure.perplexity import Source
 from nanorun.runtime.process.job import run_job
 from nanorun_quant.imatrix import Imatrix, gram_name

@@ -1,12 +1,22 @@
-"""What the prefix tree asks of the engine's context."""
+"""What the engine and the prefix tree ask of the place where sequences are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanorun.runtime.llama.row import Row
 
 
 class SequenceMemory(Protocol):
-    """Attention cells and recurrent states by sequence; see `runtime/llama/context.py`."""
+    """Attention cells and recurrent states by sequence, as the prefix tree moves them.
+
+    `runtime/llama/context.py` is one; with a model's MTP head beside it,
+    `runtime/drafting/head_memory.py`.
+    """
 
     def drop(self, seq_id: int) -> None:
         """Forget a whole sequence."""
@@ -31,3 +41,19 @@ class SequenceMemory(Protocol):
 
     def restore(self, seq_id: int, state: bytes) -> None:
         """Fill an empty sequence from `full_state`."""
+
+
+class Memory(SequenceMemory, Protocol):
+    """The same, and how sequences grow."""
+
+    def decode(self, rows: Sequence[Row]) -> list[int | None]:
+        """Evaluate a batch; see `Context.decode`."""
+
+    def logits_of(self, index: int, n_rows: int) -> NDArray[np.float32]:
+        """Logits `(n_rows, n_vocab)` of outputs of the last batch; a view until the next one."""
+
+    def keep(self, kept: Sequence[tuple[Row, int]]) -> None:
+        """Keep so many tokens of each row of the last batch, and take the others back."""
+
+    def close(self) -> None:
+        """Free it."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from nanorun.chat.markup import END_THINK, THINK
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message
+from nanorun.model.sampling import NUMBERS
 from nanorun.model.think import Think, grace_tokens
 
 
@@ -42,14 +43,31 @@ class Dialect:
     counts_thinking: bool = False
     """Whether it holds thinking to a budget by itself, and parses replies as nanorun does."""
     max_tokens_field: str = "max_tokens"
+    unknown_sampling: frozenset[str] = frozenset()
+    """Sampling values that it would read over, and answer differently than asked."""
+    sampling_names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """What it calls sampling values that go by another name elsewhere."""
 
+
+_LLAMA_CPPS = frozenset({"penalty_last_n", "dry_multiplier", "dry_base", "dry_allowed_length"})
+_NOT_OPENAIS = _LLAMA_CPPS | {"repetition_penalty"}
 
 NANORUN = Dialect("nanorun", Control.BUDGET_ROUTE, ("reasoning_content",), counts_thinking=True)
-LLAMA_CPP = Dialect("llama.cpp", Control.ROUTE, ("reasoning_content",))
+LLAMA_CPP = Dialect(
+    "llama.cpp",
+    Control.ROUTE,
+    ("reasoning_content",),
+    sampling_names={"repetition_penalty": "repeat_penalty", "penalty_last_n": "repeat_last_n"},
+)
 # Its newer versions say `reasoning`, its older ones `reasoning_content`; both ignore the other.
-VLLM = Dialect("vLLM", Control.CONTINUE, ("reasoning", "reasoning_content"))
-OPENAI = Dialect("OpenAI", max_tokens_field="max_completion_tokens")
-OTHER = Dialect("OpenAI-style")
+VLLM = Dialect(
+    "vLLM",
+    Control.CONTINUE,
+    ("reasoning", "reasoning_content"),
+    unknown_sampling=_LLAMA_CPPS,
+)
+OPENAI = Dialect("OpenAI", max_tokens_field="max_completion_tokens", unknown_sampling=_NOT_OPENAIS)
+OTHER = Dialect("OpenAI-style", unknown_sampling=_NOT_OPENAIS)
 
 _BY_OWNER = {"nanorun": NANORUN, "llamacpp": LLAMA_CPP, "vllm": VLLM, "sglang": VLLM}
 
@@ -103,13 +121,7 @@ def request_body(
         "stream": True,
         "stream_options": {"include_usage": True},
         dialect.max_tokens_field: options.max_tokens,
-        "temperature": options.temperature,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "min_p": options.min_p,
-        "seed": options.seed,
-        **_extra_sampling(dialect, options),
-        "logit_bias": {str(token): bias for token, bias in options.logit_bias} or None,
+        **_sampling(dialect, options),
         "ignore_eos": options.ignore_eos or None,
         "tools": list(options.tools) or None,
         **_form(dialect, options),
@@ -119,36 +131,21 @@ def request_body(
     return {name: value for name, value in body.items() if value is not None}
 
 
-_ALL = {name: name for name in (
-    "frequency_penalty", "presence_penalty", "repetition_penalty", "penalty_last_n",
-    "dry_multiplier", "dry_base", "dry_allowed_length",
-)}  # fmt: skip
-_OPENAIS = {name: name for name in ("frequency_penalty", "presence_penalty")}
-_SAMPLING_NAMES: dict[str, dict[str, str]] = {
-    "nanorun": _ALL,
-    "llama.cpp": {
-        **_ALL, "repetition_penalty": "repeat_penalty", "penalty_last_n": "repeat_last_n",
-    },
-    "vLLM": {**_OPENAIS, "repetition_penalty": "repetition_penalty"},
-}  # fmt: skip
-"""What each dialect calls the samplers that OpenAI does not have; the rest have only its two."""
-
-
-def _extra_sampling(dialect: Dialect, options: GenerateOptions) -> dict[str, Any]:
-    """Penalties and log-probabilities.
+def _sampling(dialect: Dialect, options: GenerateOptions) -> dict[str, Any]:
+    """What is asked of the choice of tokens.
 
     Raises:
-        UsageError: If the endpoint would read over one, and answer differently than asked.
+        UsageError: If the endpoint would read over a value, and answer differently than asked.
     """
-    names = _SAMPLING_NAMES.get(dialect.name, _OPENAIS)
     body: dict[str, Any] = {}
-    for name in _ALL:
+    for name in NUMBERS:
         value = getattr(options, name)
-        if value is not None and name not in names:
+        if value is not None and name in dialect.unknown_sampling:
             raise UsageError(f"{name} {value} cannot be asked of an endpoint of {dialect.name}")
-        body[names.get(name, name)] = value
+        body[dialect.sampling_names.get(name, name)] = value
     if options.logprobs is not None:
         body |= {"logprobs": True, "top_logprobs": options.logprobs}
+    body["logit_bias"] = {str(token): bias for token, bias in options.logit_bias} or None
     return body
 
 

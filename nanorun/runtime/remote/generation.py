@@ -289,8 +289,7 @@ class RemoteGeneration:
         """Hold thinking, of which a piece has come, to its budget."""
         if self._landing is None or self._end_was_asked:
             return
-        self._landing.observe(reply.last_thinking, in_thinking=reply.in_thinking)
-        if not self._landing.is_due:
+        if not self._landing.is_due_after(reply.last_thinking, in_thinking=reply.in_thinking):
             return
         self._end_was_asked = True
         if self._control is Control.CONTINUE:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from nanorun.runtime.reply.dial import Phase, ReasoningDial
+from nanorun.runtime.reply.dial import ReasoningDial
+from nanorun.runtime.reply.phase import Phase
 
 
 class Landing:
@@ -14,25 +15,21 @@ class Landing:
     """
 
     def __init__(self, budget: int | None, max_reply: int | None) -> None:
-        # The dial forces tokens where it has the engine; here that it wants to is all that counts.
-        self._dial = ReasoningDial(
-            budget,
-            thinking=True,
-            close_after_text=(0,),
-            close_after_newline=(0,),
-            max_reply=max_reply,
-        )
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the thinking has to end now."""
-        return self._dial.phase is Phase.CLOSING
+        self._dial = ReasoningDial(budget, max_reply=max_reply)
 
     def set_budget(self, n_tokens: int | None) -> None:
         """Change the budget; one that is used up ends the thinking at the next line or sentence."""
         self._dial.set_budget(n_tokens)
 
-    def observe(self, piece: str, *, in_thinking: bool) -> None:
-        """Count a piece, after which the reply goes on thinking or has begun to answer."""
-        if not self.is_due:
-            self._dial.observe(piece.encode("utf-8", "replace"), in_thinking=in_thinking)
+    def is_due_after(self, piece: str, *, in_thinking: bool) -> bool:
+        """Count a piece; whether the thinking has to end now.
+
+        Args:
+            piece: Its text.
+            in_thinking: Whether the reply still thinks after it.
+        """
+        if not in_thinking:
+            return False
+        if self._dial.asks_for is not Phase.CLOSING:
+            self._dial.take(piece.encode("utf-8", "replace"))
+        return self._dial.asks_for is Phase.CLOSING

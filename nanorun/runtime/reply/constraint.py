@@ -6,78 +6,88 @@ The mask of the next token is computed in another thread while the engine evalua
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 
-from nanorun.runtime.reply.grammar import Matcher
+from nanorun.runtime.reply.grammar import MakeMatcher, Matcher
 from nanorun.runtime.sampling.draw import Ids
-
-MakeMatcher = Callable[[], Matcher]
 
 # llguidance recurses into a regular expression until it has built too many parts of it, which
 # needs up to 32 MiB with `(a{1000}){1000}`; only what is used becomes memory.
 _STACK_BYTES = 64 * 2**20
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The form that replies to a request have: compiled once, followed by each of them."""
+
+    reply: MakeMatcher | None = None
+    """Grammar of everything after the thinking; None for free text."""
+    call: MakeMatcher | None = None
+    """Grammar of a call, for text that is free until it calls a tool."""
+    call_token: int = -1
+    """Id of `<tool_call>`, which begins a call and ends thinking."""
+    ends_with_call: bool = False
+    """Whether the reply is over after one call."""
+
+
 class Constraint:
-    """Follows one reply.
+    """Holds one reply to its form."""
 
-    Args:
-        reply: Grammar of everything after the thinking; None for free text.
-        call: Grammar of a call, for text that is free until it calls a tool.
-        call_token: Id of `<tool_call>`, which begins a call and ends thinking.
-        ends_with_call: Whether the reply is over after one call.
-    """
-
-    def __init__(
-        self,
-        *,
-        reply: MakeMatcher | None = None,
-        call: MakeMatcher | None = None,
-        call_token: int = -1,
-        ends_with_call: bool = False,
-    ) -> None:
-        self._reply = reply
-        self._call = call
-        self._call_token = call_token
-        self._ends_with_call = ends_with_call
+    def __init__(self, form: Form) -> None:
+        self._form = form
         self._matcher: Matcher | None = None
         self._mask: Future[Ids] | None = None
         self.is_over = False
         """Whether the reply is complete."""
 
-    def allowed(self) -> Ids | None:
-        """Ids that may come next; None for all."""
-        return None if self._mask is None else self._mask.result()
-
     def answer_begins(self) -> None:
         """The thinking has ended, or there was none."""
-        if self._reply is not None and self._matcher is None:
-            self._matcher = self._reply()
-            self._look_ahead()
+        if self._form.reply is not None and self._matcher is None:
+            self._matcher = self._form.reply()
+            self._look_ahead(self._matcher)
 
     def take(self, token: int) -> None:
-        """Take note of a token, sampled or forced."""
+        """Go on with a token, sampled or forced."""
         if self._matcher is None:
-            if token != self._call_token:
+            begins = self._form.reply or self._form.call
+            if token != self._form.call_token or begins is None:
                 return
-            make = self._reply or self._call
-            self._matcher = make() if make is not None else None
-        if self._matcher is None:
-            return
+            self._matcher = begins()
         self._mask = None
         _thread().submit(self._matcher.consume, token).result()
         if not self._matcher.is_over:
-            self._look_ahead()
-        elif self._reply is not None or self._ends_with_call:
+            self._look_ahead(self._matcher)
+        elif self._form.reply is not None or self._form.ends_with_call:
             self.is_over = True
         else:
             self._matcher = None  # free text, until the next call
 
-    def _look_ahead(self) -> None:
-        assert self._matcher is not None
-        self._mask = _thread().submit(self._matcher.allowed)
+    def allowed(self) -> Ids | None:
+        """Ids that may come next; None for all.
+
+        Raises:
+            UsageError: If nothing may, or the grammar turned out too complex.
+        """
+        return None if self._mask is None else self._mask.result()
+
+    def expected(self) -> list[int]:
+        """Tokens of text that the form prescribes; the model may cut it into others."""
+        if self._matcher is None or self.is_over:
+            return []
+        return _thread().submit(self._matcher.expected).result()
+
+    def admitted(self, tokens: Sequence[int]) -> list[int]:
+        """The beginning of a guess that the form allows."""
+        if self._matcher is None or self.is_over:
+            return list(tokens)
+        n_admitted = _thread().submit(self._matcher.n_admitted, tokens).result()
+        return list(tokens[:n_admitted])
+
+    def _look_ahead(self, matcher: Matcher) -> None:
+        self._mask = _thread().submit(matcher.allowed)
 
 
 @cache

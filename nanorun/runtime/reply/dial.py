@@ -1,19 +1,17 @@
-"""The reasoning dial: how long a reply may think, as a pure state machine.
+"""The reasoning dial: how long a reply may think.
 
-Tokens go in (`observe`), forced tokens come out (`forced`); nothing here knows the engine. At the
-budget the thinking is not cut in mid-word: it may finish its line or sentence within a grace
-window, then the closing tokens are forced, and the answer follows. NVIDIA's own clients do the
-same (model card: end at the next newline after the budget, hard stop some hundred tokens later).
+It counts thinking tokens and says what its budget asks for; `Reply` acts on that. At the budget the
+thinking is not cut in mid-word: it may finish its line or sentence within a grace window, then it
+is closed, and the answer follows. NVIDIA's own clients do the same (model card: end at the next
+newline after the budget, hard stop some hundred tokens later).
 """
 
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Sequence
-from enum import Enum
 
 from nanorun.model.think import Think, grace_tokens
+from nanorun.runtime.reply.phase import Phase
 
 # Families whose template can ask for less thinking take that as well as the budget: Super knows
 # `low_effort`, Ultra `medium_effort` (model cards). Nano has neither.
@@ -36,105 +34,53 @@ def template_effort(think: Think, template: str) -> dict[str, bool]:
 _ENDS_SENTENCE = re.compile(rb"(\n|(?<!\d)\.|[!?])$")
 
 
-class Phase(Enum):
-    """Where a reply is."""
-
-    THINKING = "thinking"
-    LANDING = "landing"
-    """Over budget; waits for the end of a line or sentence."""
-    CLOSING = "closing"
-    """The closing tokens are being forced."""
-    ANSWER = "answer"
-
-
 class ReasoningDial:
-    r"""Limits the thinking of one reply.
+    """Limits the thinking of one reply.
 
     Args:
         budget: Thinking tokens allowed; None for no limit.
-        thinking: Whether the reply starts inside thinking (the prompt opened it).
-        close_after_text: Tokens that end thinking where text stands before them (`\n</think>\n`).
-        close_after_newline: The same where a line has just ended (`</think>\\n`).
-        max_reply: Tokens the whole reply can have. Thinking gets half of them at most, and its
-            grace a quarter, so that the rest can hold an answer.
+        max_reply: Tokens the whole reply can have; None for no limit. Thinking gets half of them at
+            most, and its grace a quarter, so that the rest can hold an answer.
     """
 
-    def __init__(
-        self,
-        budget: int | None,
-        *,
-        thinking: bool,
-        close_after_text: Sequence[int],
-        close_after_newline: Sequence[int],
-        max_reply: int | None = None,
-    ) -> None:
-        self.phase = Phase.THINKING if thinking else Phase.ANSWER
+    def __init__(self, budget: int | None, *, max_reply: int | None = None) -> None:
         self.n_thinking = 0
-        self.was_closed = False
-        """Whether thinking did not end by itself."""
+        """Thinking tokens so far."""
         self._max_reply = max_reply
         self._budget = self._capped(budget)
-        self._close_after_text = tuple(close_after_text)
-        self._close_after_newline = tuple(close_after_newline)
-        self._queue: deque[int] = deque()
         self._tail = b"\n"
-        if thinking:
-            self._check()
 
-    def forced(self) -> int | None:
-        """The token that must come next instead of a sampled one, if any."""
-        return self._queue[0] if self._queue else None
-
-    def observe(self, piece: bytes, *, in_thinking: bool) -> None:
-        """Take note of the token that was appended, sampled or forced.
-
-        Args:
-            piece: Its bytes.
-            in_thinking: Whether the reply, read as the parser reads it, is still thinking.
-        """
-        if self._queue:
-            self._queue.popleft()
-            if not self._queue:
-                self.phase = Phase.ANSWER
-            return
-        if not in_thinking:
-            self.phase = Phase.ANSWER
-            return
-        if self.phase is Phase.ANSWER:
-            # What looked like a tool call was none, or the model opened its thinking again.
-            self.phase = Phase.THINKING
+    def take(self, piece: bytes) -> None:
+        """Count a thinking token, given its bytes."""
         self.n_thinking += 1
         self._tail = (self._tail + piece)[-8:]
-        self._check()
 
-    def rescue(self) -> bool:
-        """Close thinking in place of an end of turn; False when there was none to close.
+    @property
+    def asks_for(self) -> Phase:
+        """What the budget asks of thinking that is open: THINKING, LANDING or CLOSING."""
+        if self._budget is None or self.n_thinking < self._budget:
+            return Phase.THINKING
+        over, grace = self.n_thinking - self._budget, self._grace(self._budget)
+        at_end = self.n_thinking == 0 or _ENDS_SENTENCE.search(self._tail)
+        if not (self._budget == 0 or at_end or over >= grace - 4):
+            return Phase.LANDING
+        # A character of several bytes is completed first; it has at most four.
+        if not _is_utf8_complete(self._tail) and over < grace_tokens(self._budget):
+            return Phase.LANDING
+        return Phase.CLOSING
 
-        Some replies end while still thinking. Their reader would get no answer at all.
-        """
-        if self.phase in (Phase.THINKING, Phase.LANDING):
-            self._close()
-            return True
-        return False
-
-    def finish_thinking(self) -> None:
-        """End the thinking at the next line or sentence ("answer now")."""
-        self.set_budget(0)
+    @property
+    def ends_line(self) -> bool:
+        """Whether the thinking so far ends with a line break, or there is none."""
+        return self._tail.endswith(b"\n")
 
     def set_budget(self, budget: int | None) -> None:
-        """Change the budget while the reply thinks; no effect once it answers.
-
-        One that is used up already ends the thinking at the next line or sentence.
-        """
+        """Change the budget; one that is used up lets the thinking end its line or sentence."""
         if budget is not None:
             # Landing goes on from where it began, or repeating this would put off its end.
-            began = self._budget if self.phase is Phase.LANDING else None
-            budget = max(budget, self.n_thinking if began is None else began)
+            began = self.n_thinking if self._budget is None else self._budget
+            budget = max(budget, min(began, self.n_thinking))
         self._budget = self._capped(budget)
-        if self.phase is Phase.LANDING:
-            self.phase = Phase.THINKING
-        if self.phase is Phase.THINKING:
-            self._check()
 
     def _capped(self, budget: int | None) -> int | None:
         if self._max_reply is None:
@@ -145,24 +91,6 @@ class ReasoningDial:
     def _grace(self, budget: int) -> int:
         grace = grace_tokens(budget)
         return grace if self._max_reply is None else min(grace, self._max_reply // 4)
-
-    def _check(self) -> None:
-        if self._budget is None or self.n_thinking < self._budget:
-            return
-        self.phase = Phase.LANDING
-        over, grace = self.n_thinking - self._budget, self._grace(self._budget)
-        at_end = self.n_thinking == 0 or _ENDS_SENTENCE.search(self._tail)
-        if self._budget == 0 or at_end or over >= grace - 4:
-            # A character of several bytes is completed first; it has at most four.
-            if not _is_utf8_complete(self._tail) and over < grace_tokens(self._budget):
-                return
-            self._close()
-
-    def _close(self) -> None:
-        ends_line = self._tail.endswith(b"\n")
-        self._queue.extend(self._close_after_newline if ends_line else self._close_after_text)
-        self.phase = Phase.CLOSING
-        self.was_closed = True
 
 
 def _is_utf8_complete(tail: bytes) -> bool:

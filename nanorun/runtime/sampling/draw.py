@@ -26,6 +26,13 @@ def likeliest(logits: Logits, n: int) -> Ids:
 
     The n-th highest of the blocks' maxima is a lower bound for the n-th highest logit, so only
     what reaches it has to be sorted.
+
+    Args:
+        logits: One a token, `(n_vocab,)`.
+        n: How many; `n_vocab` at most are found.
+
+    Returns:
+        The ids, `(n,)`.
     """
     block = min(_BLOCK, len(logits) // (2 * n))
     if block > 1:
@@ -43,10 +50,13 @@ def truncate(logits: Logits, *, top_k: int, top_p: float, min_p: float) -> Ids |
     """Ids that the filters leave, None if they leave all.
 
     Args:
-        logits: One logit a token.
+        logits: One a token, `(n_vocab,)`.
         top_k: Keep that many of the likeliest; 0 for all.
         top_p: Keep the likeliest until their probabilities sum up to it.
         min_p: Keep what is at least that share of the likeliest's probability.
+
+    Returns:
+        The ids, `(n_left,)`, in no order.
     """
     ids: Ids | None = None
     if 0 < top_k < len(logits):
@@ -117,12 +127,12 @@ class Noise:
         self._key = _mix(np.array([state], np.uint64))[0]
 
     def uniform(self, ids: Ids) -> NDArray[np.float64]:
-        """Numbers strictly between 0 and 1, one a token."""
+        """Numbers strictly between 0 and 1, one a token: `(n,)` in, the same out."""
         mixed = _mix(self._key ^ (ids.astype(np.uint64) * _STRIDE))
         return ((mixed >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def gumbel(self, ids: Ids) -> NDArray[np.float64]:
-        """Numbers of the standard Gumbel distribution."""
+        """Numbers of the standard Gumbel distribution: `(n,)` in, the same out."""
         gumbel: NDArray[np.float64] = -np.log(-np.log(self.uniform(ids)))
         return gumbel
 
@@ -145,8 +155,8 @@ def draw(logits: Logits, ids: Ids | None, temperature: float, noise: Noise) -> i
     there.
 
     Args:
-        logits: One logit a token.
-        ids: The tokens' ids; None if they are 0, 1, 2, ...
+        logits: One a token that may be drawn, `(n,)`.
+        ids: The tokens' ids, `(n,)`; None if they are 0, 1, 2, ...
         temperature: More than 0.
         noise: At the step of this draw.
     """
@@ -170,7 +180,15 @@ _COIN = 2**40
 
 
 def log_softmax_at(logits: Logits, ids: Ids) -> NDArray[np.float64]:
-    """Natural logarithms of the probabilities of some tokens, before any filter."""
+    """Natural logarithms of the probabilities of some tokens, before any filter.
+
+    Args:
+        logits: One a token, `(n_vocab,)`.
+        ids: Of whom, `(n,)`.
+
+    Returns:
+        The logarithms, `(n,)`.
+    """
     top = float(logits.max())
     log_sum = np.log(np.exp(logits - np.float32(top)).sum(dtype=np.float64))
     logprobs: NDArray[np.float64] = logits[ids].astype(np.float64) - top - log_sum

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from nanorun.runtime.llama.binding import load_llama
 from nanorun.runtime.sampling.draw import (
     Ids,
     Logits,
@@ -21,13 +18,6 @@ from nanorun.runtime.sampling.draw import (
     truncate,
 )
 from nanorun.runtime.sampling.settings import SamplingSettings
-
-# llama.cpp's own defaults of the sampler that "don't repeat yourself" (common/common.h).
-_DRY_BREAKERS = (b"\n", b":", b'"', b"*")
-# DRY looks for sequences, so it looks further back than penalties for single tokens.
-_MIN_DRY_TOKENS = 1024
-# More tokens than a reply has; the samplers keep a ring of this size.
-_WHOLE_REPLY = 2**18
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +31,35 @@ class Choice:
     """The likeliest tokens and their log-probabilities, likeliest first."""
 
 
+class Penalties(Protocol):
+    """Lowers the logits of tokens for what the reply has said."""
+
+    def apply(self, logits: Logits) -> Logits:
+        """Logits `(n_vocab,)` in the order of ids, lowered; the given ones stay as they are."""
+
+    def accept(self, token: int) -> None:
+        """Take note of a token of the reply."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
 class Sampler:
     """Picks tokens for one reply; its random numbers depend on its seed alone.
 
     Args:
         settings: The request's values.
-        n_vocab: Tokens of the vocabulary.
-        vocab: llama.cpp's vocabulary; only the DRY penalty needs it.
+        penalties: What lowers logits for what was said; closed with the sampler.
+
+    Raises:
+        ValueError: If the settings ask for penalties and none are given.
     """
 
-    def __init__(self, settings: SamplingSettings, n_vocab: int, vocab: Any = None) -> None:
+    def __init__(self, settings: SamplingSettings, penalties: Penalties | None = None) -> None:
+        if settings.has_penalties and penalties is None:
+            raise ValueError("settings with penalties need something that applies them")
         self._settings = settings
-        self._n_vocab = n_vocab
-        self._penalties = _Penalties(settings, n_vocab, vocab) if settings.has_penalties else None
+        self._penalties = penalties
         self._noise = Noise(secrets.randbits(64) if settings.seed is None else settings.seed)
         self._n_drawn = 0
 
@@ -76,7 +82,7 @@ class Sampler:
             self._penalties.accept(token)
 
     def close(self) -> None:
-        """Free what llama.cpp holds."""
+        """Free what the penalties hold."""
         if self._penalties is not None:
             self._penalties.close()
             self._penalties = None
@@ -116,57 +122,3 @@ def _with_logprobs(token: int, logits: Logits, n_alternatives: int) -> Choice:
     logprobs = log_softmax_at(logits, np.append(best, token))
     alternatives = tuple(zip(best.tolist(), logprobs[:-1].tolist(), strict=True))
     return Choice(token, float(logprobs[-1]), alternatives)
-
-
-class _Penalties:
-    """llama.cpp's penalty samplers, fed with the tokens of the reply."""
-
-    def __init__(self, settings: SamplingSettings, n_vocab: int, vocab: Any) -> None:
-        self._llama = llama = load_llama()
-        self._candidates = np.zeros(n_vocab, _CANDIDATE)
-        self._ids = np.arange(n_vocab, dtype=np.int32)
-        self._chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        for link in self._links(settings, n_vocab, vocab):
-            llama.llama_sampler_chain_add(self._chain, link)
-
-    def _links(self, s: SamplingSettings, n_vocab: int, vocab: Any) -> list[Any]:
-        llama = self._llama
-        n_back = _WHOLE_REPLY if s.penalty_last_n < 0 else s.penalty_last_n
-        links = [
-            llama.llama_sampler_init_penalties(
-                n_vocab, n_back, s.repetition_penalty, s.frequency_penalty, s.presence_penalty
-            )
-        ]
-        if s.dry_multiplier > 0:
-            breakers = (ctypes.c_char_p * len(_DRY_BREAKERS))(*_DRY_BREAKERS)
-            links.append(
-                llama.llama_sampler_init_dry(
-                    vocab, s.dry_multiplier, s.dry_base, s.dry_allowed_length,
-                    _WHOLE_REPLY if s.penalty_last_n < 0 else max(n_back, _MIN_DRY_TOKENS),
-                    breakers, len(breakers),
-                )
-            )  # fmt: skip
-        return links
-
-    def apply(self, logits: Logits) -> Logits:
-        """Logits `(n_vocab,)` lowered for what was said; in the order of ids."""
-        candidates = self._candidates
-        candidates["id"], candidates["logit"] = self._ids, logits
-        kind = dict(self._llama.llama_token_data_array._fields_)["data"]
-        array = self._llama.llama_token_data_array(
-            data=ctypes.cast(candidates.ctypes.data, kind), size=len(candidates), selected=-1,
-            sorted=False,
-        )  # fmt: skip
-        self._llama.llama_sampler_apply(self._chain, ctypes.byref(array))
-        changed: NDArray[np.float32] = candidates["logit"].copy()
-        return changed
-
-    def accept(self, token: int) -> None:
-        self._llama.llama_sampler_accept(self._chain, token)
-
-    def close(self) -> None:
-        self._llama.llama_sampler_free(self._chain)
-
-
-# llama_token_data of llama.h
-_CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])

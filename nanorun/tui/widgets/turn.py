@@ -102,7 +102,7 @@ class Turn(Vertical):
 
     def feed(self, event: Event) -> None:
         """Take the next event of the reply."""
-        self.reply.feed(event)
+        self.reply.take(event)
         match event:
             case Notice(text):
                 self._insert(NoticeLine(text))

@@ -44,7 +44,7 @@ class Levels:
     values: tuple[int, ...]
 
     def place_of(self, x: Tensor) -> Tensor:
-        """The place of the level that is nearest to each number."""
+        """The place of the level that is nearest to each number; any shape in, the same out."""
         low, high = self.values[0], self.values[-1]
         if high - low + 1 == len(self.values):
             return (x.round() - low).clamp(0, high - low).long()
@@ -52,11 +52,11 @@ class Levels:
         return _lookup_table(self, x.device)[steps.long()]
 
     def at(self, places: Tensor) -> Tensor:
-        """The levels at these places."""
+        """The levels at these places; any shape in, the same out."""
         return torch.tensor(self.values, dtype=torch.float32, device=places.device)[places]
 
     def nearest(self, x: Tensor) -> Tensor:
-        """The level that is nearest to each number."""
+        """The level that is nearest to each number; any shape in, the same out."""
         return self.at(self.place_of(x))
 
     @property

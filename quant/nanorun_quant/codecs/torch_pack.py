@@ -21,6 +21,7 @@ _Q6_LEVELS = Levels(tuple(range(-32, 32)))
 _Q3_LEVELS = Levels(tuple(range(-4, 4)))
 
 Encoded = tuple[Tensor, Tensor]
+"""Bytes `(n_blocks, type_size)`, and the numbers they stand for, `(n_blocks, block_size)`."""
 
 
 def iq4_nl(x: Tensor, w: Tensor) -> Encoded:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nanorun.errors import ModelError
-from nanorun.model.arch import arch_from_gguf
 from nanorun.model.gguf import GgufFile, read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors
 from nanorun_converters.convert import ConvertOptions, convert
 from tests.converters.transformers_reference import engine_logits

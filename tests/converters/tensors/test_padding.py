@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from nanorun.errors import UsageError
-from nanorun.model.arch import arch_from_gguf
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import read_gguf
+from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors
 from nanorun_converters.convert import ConvertOptions, convert
 from nanorun_converters.tensors.tensor_plan import PadFrame

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorun.errors import UsageError
-from nanorun.runtime.drafting.drafter import look_up, next_draft_length
+from nanorun.runtime.drafting.drafter import next_draft_length
+from nanorun.runtime.drafting.lookup import look_up
 from tests.runtime.harness import SMALL, Rig
 
 
@@ -56,7 +57,7 @@ def replies(rig: Rig, n_tokens: int = 60) -> list[list[int]]:
     rig.run()
     for request_id in ids:
         rig.check(request_id)
-    return [rig.tokens[request_id] for request_id in ids]
+    return [rig.said(request_id) for request_id in ids]
 
 
 @pytest.mark.parametrize("n_draft", [1, 3, 8])
@@ -68,8 +69,8 @@ def test_lookup_says_what_plain_decoding_says(pico_f32_gguf: Path, n_draft: int)
     assert replies(plain) == replies(guessing)
     accepted = [f.usage.accepted_tokens for f in guessing.finished.values()]  # type: ignore[union-attr]
     assert sum(accepted) > 10
-    n_steps = len(guessing.logits["t0"])
-    assert n_steps == len(guessing.tokens["t0"])  # every token was picked by the model
+    reply = guessing.replies["t0"]
+    assert len(reply.logits) == len(reply.tokens)  # every token was picked by the model
     plain.close()
     guessing.close()
 
@@ -115,7 +116,7 @@ def test_guesses_can_be_rolled_back_beside_streams_that_come_and_go(pico_f32_ggu
     ):  # fmt: skip
         rig.submit(prompt, n_tokens=n_tokens, background=background)
     rig.run()
-    for request_id in rig.tokens:
+    for request_id in rig.replies:
         rig.check(request_id)
     rig.close()
 
@@ -129,7 +130,7 @@ def test_guesses_that_find_no_cell_are_left_out(
     rig.ask([100 + i for i in range(200)], n_tokens=1)  # idle, it holds the cells
     running = rig.submit([32 + i for i in range(56)], n_tokens=10)
     rig.run()
-    assert len(rig.tokens[running]) == 10
+    assert len(rig.said(running)) == 10
     rig.check(running)
     rig.close()
 

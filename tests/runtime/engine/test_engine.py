@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 
 from nanorun.errors import EngineError
 from nanorun.model.chat import Finished
+from nanorun.runtime.drafting.drafter import DraftRequest
 from tests.runtime.harness import SMALL, Rig
 
 
@@ -64,7 +65,7 @@ def test_streams_that_outgrow_the_context_take_turns(pico_f32_gguf: Path) -> Non
         finished = rig.finished[request_id]
         assert isinstance(finished, Finished)
         assert finished.usage.completion_tokens == 120
-        assert len(rig.tokens[request_id]) == 120
+        assert len(rig.said(request_id)) == 120
         rig.check(request_id)
     rig.close()
 
@@ -89,7 +90,7 @@ def test_cancelling_a_suspended_request_ends_it(one_at_a_time: Rig) -> None:
     finished = rig.finished[slow]
     assert isinstance(finished, Finished)
     assert finished.reason == "cancelled"
-    assert finished.usage.completion_tokens == len(rig.tokens[slow]) > 0
+    assert finished.usage.completion_tokens == len(rig.said(slow)) > 0
     rig.run()
 
 
@@ -182,7 +183,7 @@ def test_cancelling_all_in_a_batch_leaves_idle_sequences_alone(pico_f32_gguf: Pa
     rig.strike(cancel_both)
     rig.step()
     rig.run()
-    again = rig.submit([*prompt(60, salt=2), *rig.tokens[idle], 50], n_tokens=3)
+    again = rig.submit([*prompt(60, salt=2), *rig.said(idle), 50], n_tokens=3)
     rig.run()
     finished = rig.finished[again]
     assert isinstance(finished, Finished)
@@ -209,4 +210,90 @@ def test_failed_batch_leaves_nothing_that_a_later_prompt_could_start_from(
     assert rig.engine.tree.branches == []
     _, finished = rig.ask([*prompt(60, salt=2), 50], n_tokens=1)
     assert finished.usage.cached_tokens == 0
+    rig.close()
+
+
+# -- what it costs ----------------------------------------------------------------------------
+
+
+def cost_of_replies(rig: Rig, *request_ids: str) -> int:
+    """Tokens evaluated to say what was said: each but the last, whose successor nobody wants."""
+    return sum(len(rig.said(request_id)) - 1 for request_id in request_ids)
+
+
+def test_prefix_of_two_requests_at_once_is_read_once(pico_f32_gguf: Path) -> None:
+    rig = Rig(pico_f32_gguf)
+    shared = prompt(128)
+    first = rig.submit([*shared, *prompt(20, salt=1)], n_tokens=5)
+    second = rig.submit([*shared, *prompt(30, salt=2)], n_tokens=5)
+    rig.run()
+    assert rig.n_evaluated == 128 + 20 + 30 + cost_of_replies(rig, first, second)
+    assert rig.batches[:2] == [[64], [64]]  # the prefix alone
+    # Then the second reads its own while the first reads its own, and they speak together.
+    assert len(rig.batches) <= 2 + 2 + 5
+    rig.check(first)
+    rig.check(second)
+    rig.close()
+
+
+def test_next_turn_costs_only_what_is_new(pico_f32_gguf: Path) -> None:
+    rig = Rig(pico_f32_gguf)
+    said, _ = rig.ask(prompt(150), n_tokens=8)
+    n_before, n_batches = rig.n_evaluated, len(rig.batches)
+    assert n_before == 150 + 7
+    again, finished = rig.ask([*prompt(150), *said, *prompt(10, salt=1)], n_tokens=4)
+    assert finished.usage.cached_tokens == 150 + 7
+    assert rig.n_evaluated - n_before == 1 + 10 + len(again) - 1
+    assert len(rig.batches) - n_batches == len(again)
+    rig.close()
+
+
+def test_prompt_asked_again_starts_at_its_last_boundary(pico_f32_gguf: Path) -> None:
+    rig = Rig(pico_f32_gguf)
+    rig.ask(prompt(150), n_tokens=1, boundaries=[40, 120])
+    n_before = rig.n_evaluated
+    rig.ask([*prompt(120), *prompt(30, salt=1)], n_tokens=1)
+    assert rig.n_evaluated - n_before == 30
+    rig.close()
+
+
+@pytest.mark.parametrize("n_steps_between", [0, 6])
+def test_reply_is_begun_where_there_is_room_to_say_something(
+    n_steps_between: int, pico_f32_gguf: Path
+) -> None:
+    """One that fits only just would be suspended at once, and its prompt read a second time."""
+    rig = Rig(pico_f32_gguf, replace(SMALL, n_ctx=256, archive_bytes=0))
+    first = rig.submit(prompt(120), n_tokens=60)
+    for _ in range(n_steps_between):
+        rig.step()
+    second = rig.submit(prompt(110, salt=1), n_tokens=40)
+    rig.run()
+    assert rig.n_evaluated == 120 + 110 + cost_of_replies(rig, first, second)
+    rig.close()
+
+
+class WrongDrafter:
+    """Guesses what the model will hardly say, wherever it may guess."""
+
+    def draft(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        return [[40] if request.n_most else [] for request in requests]
+
+
+def test_reply_whose_last_guess_was_wrong_is_reused(pico_f32_gguf: Path) -> None:
+    rig = Rig(pico_f32_gguf, replace(SMALL, speculation="lookup", n_draft=2))
+    rig.engine.drafter = WrongDrafter()
+    broken_off = rig.submit(prompt(100), n_tokens=50)
+    while len(rig.said(broken_off)) < 8:
+        rig.step()
+    rig.engine.cancel(broken_off)
+    rig.run()
+    finished = rig.finished[broken_off]
+    assert isinstance(finished, Finished)
+    assert (finished.usage.drafted_tokens, finished.usage.accepted_tokens) == (7, 0)
+    again = rig.submit([*prompt(100), *rig.said(broken_off), *prompt(10, salt=1)], n_tokens=4)
+    rig.run()
+    finished = rig.finished[again]
+    assert isinstance(finished, Finished)
+    assert finished.usage.cached_tokens == 100 + 7
+    rig.check(again)
     rig.close()

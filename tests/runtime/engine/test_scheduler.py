@@ -8,6 +8,7 @@ import numpy as np
 
 from nanorun.runtime.engine.scheduler import (
     MAX_PREFILL_BESIDE_DECODE,
+    MAX_READ_AHEAD,
     last_in_turn,
     plan_rows,
     separate_guesses,
@@ -16,20 +17,18 @@ from nanorun.runtime.prompt_state.prefixes import Tokens
 
 
 @dataclass
-class FakeStream:
+class FakeSequence:
     n_prompt: int
     n_evaluated: int
     seq_id: int = 0
     pending: int | None = None
     drafts: list[int] = field(default_factory=list)
-    stops: set[int] = field(default_factory=set)
+    pauses: set[int] = field(default_factory=set)
 
     background: bool = False
     order: int = 0
 
-    @property
-    def request(self) -> Any:
-        return SimpleNamespace(anchor=False)
+    is_read_only: bool = False
 
     @property
     def prompt(self) -> Tokens:
@@ -48,43 +47,43 @@ class FakeStream:
         return self.n_evaluated < self.n_prompt
 
 
-def answering(seq_id: int) -> FakeStream:
-    return FakeStream(n_prompt=5, n_evaluated=9, seq_id=seq_id, pending=7)
+def answering(seq_id: int) -> FakeSequence:
+    return FakeSequence(n_prompt=5, n_evaluated=9, seq_id=seq_id, pending=7)
 
 
 def test_prompt_is_read_one_ubatch_at_a_time() -> None:
-    ((_, row),) = plan_rows([FakeStream(1000, 100)], n_batch=512, n_ubatch=256)
+    ((_, row),) = plan_rows([FakeSequence(1000, 100)], n_batch=512, n_ubatch=256)
     assert (row.pos, len(row.tokens), row.wants_logits) == (100, 256, False)
 
 
 def test_last_piece_of_a_prompt_wants_logits() -> None:
-    ((_, row),) = plan_rows([FakeStream(130, 100)], n_batch=512, n_ubatch=256)
+    ((_, row),) = plan_rows([FakeSequence(130, 100)], n_batch=512, n_ubatch=256)
     assert (len(row.tokens), row.wants_logits) == (30, True)
 
 
-def test_answering_streams_come_first_and_keep_prompts_short() -> None:
-    streams = [FakeStream(1000, 0, seq_id=1), answering(2), answering(3)]
-    plan = plan_rows(streams, n_batch=512, n_ubatch=512)
+def test_answering_sequences_come_first_and_keep_prompts_short() -> None:
+    sequences = [FakeSequence(1000, 0, seq_id=1), answering(2), answering(3)]
+    plan = plan_rows(sequences, n_batch=512, n_ubatch=512)
     assert [row.seq_id for _, row in plan] == [2, 3, 1]
     assert [len(row.tokens) for _, row in plan] == [1, 1, MAX_PREFILL_BESIDE_DECODE]
 
 
 def test_prompts_share_a_batch_in_order_of_arrival() -> None:
-    plan = plan_rows([FakeStream(100, 0, 1), FakeStream(500, 0, 2)], n_batch=256, n_ubatch=256)
+    plan = plan_rows([FakeSequence(100, 0, 1), FakeSequence(500, 0, 2)], n_batch=256, n_ubatch=256)
     assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(1, 100), (2, 156)]
 
 
 def test_prompts_that_somebody_waits_for_are_read_first() -> None:
-    streams = [FakeStream(400, 0, 1, background=True), FakeStream(100, 0, 2, order=1)]
-    plan = plan_rows(streams, n_batch=256, n_ubatch=256)
+    sequences = [FakeSequence(400, 0, 1, background=True), FakeSequence(100, 0, 2, order=1)]
+    plan = plan_rows(sequences, n_batch=256, n_ubatch=256)
     assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(2, 100), (1, 156)]
 
 
 def test_guesses_are_checked_with_those_of_their_length_alone() -> None:
-    streams = [answering(i) for i in range(5)]
-    for stream, n in zip(streams, (2, 0, 1, 2, 2), strict=True):
-        stream.drafts = [9] * n
-    plan = plan_rows([*streams, FakeStream(100, 0, seq_id=5)], n_batch=64, n_ubatch=64)
+    sequences = [answering(i) for i in range(5)]
+    for sequence, n in zip(sequences, (2, 0, 1, 2, 2), strict=True):
+        sequence.drafts = [9] * n
+    plan = plan_rows([*sequences, FakeSequence(100, 0, seq_id=5)], n_batch=64, n_ubatch=64)
     parts = separate_guesses(plan, n_ubatch=64)
     assert [[row.seq_id for _, row in part] for part in parts] == [[1, 5], [2], [0, 3, 4]]
     in_ubatches = separate_guesses(plan, n_ubatch=8)
@@ -92,28 +91,36 @@ def test_guesses_are_checked_with_those_of_their_length_alone() -> None:
 
 
 def test_a_batch_without_guesses_is_not_cut() -> None:
-    plan = plan_rows([answering(0), answering(1), FakeStream(100, 0, 2)], n_batch=64, n_ubatch=64)
+    plan = plan_rows([answering(0), answering(1), FakeSequence(100, 0, 2)], n_batch=64, n_ubatch=64)
     assert separate_guesses(plan, n_ubatch=8) == [plan]
 
 
-def test_the_newest_background_stream_gives_way_first() -> None:
-    streams = [
-        FakeStream(1, 0, order=0, background=True),
-        FakeStream(1, 0, order=1, background=True),
-        FakeStream(1, 0, order=2),
+def test_the_newest_background_sequence_gives_way_first() -> None:
+    sequences = [
+        FakeSequence(1, 0, order=0, background=True),
+        FakeSequence(1, 0, order=1, background=True),
+        FakeSequence(1, 0, order=2),
     ]
-    assert last_in_turn(streams) is streams[1]
-    assert last_in_turn(streams[2:]) is streams[2]
+    assert last_in_turn(sequences) is sequences[1]
+    assert last_in_turn(sequences[2:]) is sequences[2]
 
 
-def test_only_background_work_gives_way_to_an_interactive_stream() -> None:
-    interactive, background = FakeStream(1, 0, order=0), FakeStream(1, 0, background=True)
-    newcomer = FakeStream(1, 0, order=5)
+def test_only_background_work_gives_way_to_an_interactive_sequence() -> None:
+    interactive, background = FakeSequence(1, 0, order=0), FakeSequence(1, 0, background=True)
+    newcomer = FakeSequence(1, 0, order=5)
     assert last_in_turn([interactive, background], than=newcomer) is background
     assert last_in_turn([interactive], than=newcomer) is None
-    assert last_in_turn([interactive, background], than=FakeStream(1, 0, background=True)) is None
+    assert last_in_turn([interactive, background], than=FakeSequence(1, 0, background=True)) is None
 
 
 def test_prefill_pauses_at_a_stop() -> None:
-    ((_, row),) = plan_rows([FakeStream(1000, 100, stops={50, 100, 140})], 512, 512)
+    ((_, row),) = plan_rows([FakeSequence(1000, 100, pauses={50, 100, 140})], 512, 512)
     assert len(row.tokens) == 40
+
+
+def test_what_nobody_waits_for_is_read_in_small_pieces() -> None:
+    ahead = FakeSequence(1000, 0, is_read_only=True)
+    ((_, row),) = plan_rows([ahead], n_batch=512, n_ubatch=512)
+    assert len(row.tokens) == MAX_READ_AHEAD
+    plan = plan_rows([ahead, FakeSequence(400, 0, 1)], n_batch=512, n_ubatch=512)
+    assert sum(len(row.tokens) for _, row in plan) == 512

@@ -10,8 +10,9 @@ import pytest
 from nanorun.model.arch import LayerKind
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.llama.binding import engine_log
-from nanorun.runtime.llama.context import Context, Row
+from nanorun.runtime.llama.context import Context
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.llama.row import Row
 
 OPTIONS = EngineOptions(n_ctx=256, n_parallel=1, n_seq_spare=0, n_batch=64, n_ubatch=64)
 

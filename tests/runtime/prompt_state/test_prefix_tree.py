@@ -23,16 +23,21 @@ N_SEQ, N_CELLS = 4, 96
 class HybridMemory:
     """Sequences as pairs (attention tokens, tokens the recurrent state has seen).
 
-    A sequence is sound while both agree; `check` says so. Cells are counted as llama.cpp does:
-    a forked sequence shares the cells of its source.
+    A sequence is sound while both agree; `tokens` says so. Cells are counted as llama.cpp does:
+    a forked sequence shares the cells of its source. After a guess that was taken back the
+    recurrent state only points at the right one: nothing can be copied of it before `settle` or
+    the next evaluation (docs/engine-hazards.md).
     """
 
     def __init__(self) -> None:
         self.attention: dict[int, list[object]] = {}
         self.recurrent: dict[int, list[int]] = {}
+        self.rolled_back: set[int] = set()
         self._n_cells_made = 0
 
     def evaluate(self, seq_id: int, tokens: list[int]) -> None:
+        if tokens:
+            self.rolled_back.discard(seq_id)
         cells = self.attention.setdefault(seq_id, [])
         seen = self.recurrent.setdefault(seq_id, [])
         for token in tokens:
@@ -48,16 +53,30 @@ class HybridMemory:
         assert self.recurrent.get(seq_id, []) == tokens, "attention and recurrent state differ"
         return tokens
 
+    def evaluate_and_take_back(self, seq_id: int, tokens: list[int]) -> None:
+        """Evaluate tokens, and a guess after them that turns out wrong."""
+        self.evaluate(seq_id, tokens)
+        self.rolled_back.add(seq_id)
+
+    def settle(self, seq_id: int) -> None:
+        self.rolled_back.discard(seq_id)
+
+    def _check_settled(self, seq_id: int) -> None:
+        assert seq_id not in self.rolled_back, "the state that would be copied is another one"
+
     def drop(self, seq_id: int) -> None:
         self.attention.pop(seq_id, None)
         self.recurrent.pop(seq_id, None)
+        self.rolled_back.discard(seq_id)
 
     def fork(self, source: int, target: int) -> None:
+        self._check_settled(source)
         assert not self.attention.get(target), "a fork needs an empty target"
         self.attention[target] = list(self.attention[source])
         self.recurrent[target] = list(self.recurrent[source])
 
     def fork_at(self, source: int, target: int, n_tokens: int, state: bytes) -> None:
+        self._check_settled(source)
         assert not self.attention.get(target), "a fork needs an empty target"
         self.attention[target] = self.attention[source][:n_tokens]
         self.recurrent[target] = json.loads(state)
@@ -65,11 +84,14 @@ class HybridMemory:
     def rewind(self, seq_id: int, n_tokens: int, state: bytes) -> None:
         self.attention[seq_id] = self.attention[seq_id][:n_tokens]
         self.recurrent[seq_id] = json.loads(state)
+        self.rolled_back.discard(seq_id)
 
     def recurrent_state(self, seq_id: int) -> bytes:
+        self._check_settled(seq_id)
         return json.dumps(self.recurrent[seq_id]).encode()
 
     def full_state(self, seq_id: int) -> bytes:
+        self._check_settled(seq_id)
         return json.dumps(self.tokens(seq_id)).encode()
 
     def restore(self, seq_id: int, state: bytes) -> None:
@@ -298,6 +320,18 @@ def test_match_is_not_used_while_a_rollback_is_pending() -> None:
     assert branch.n_cached == 0
 
 
+def test_sequence_whose_last_guess_was_wrong_is_reused_once_it_is_released() -> None:
+    tree, memory = make_tree()
+    first = read(tree, memory, [1, 2, 3])
+    memory.evaluate_and_take_back(first.seq_id, [4])
+    tree.extend(first, [4], settled=False)
+    tree.release(first)
+    again = start(tree, [1, 2, 3, 4, 5])
+    assert again is first
+    assert again.n_cached == 4
+    assert first.seq_id not in memory.rolled_back
+
+
 def test_sequence_too_large_to_come_back_leaves_the_place_to_one_on_the_device() -> None:
     tree, memory = make_tree()
     long = list(range(60))
@@ -352,7 +386,9 @@ class TreeMachine(RuleBasedStateMachine):
             places = [p for p in (*checkpoints, len(tokens)) if p < len(prompt)]
             return max((p for p in places if list(tokens[:p]) == prompt[:p]), default=0)
 
-        on_device = [best(b.tokens, b.checkpoints) for b in self.tree.branches]
+        pending = self.memory.rolled_back
+        sound = [b for b in self.tree.branches if b.seq_id not in pending]
+        on_device = [best(b.tokens, b.checkpoints) for b in sound]
         n_device = max(on_device, default=0)
         archived = [
             (best(e.tokens, e.checkpoint_positions), -e.n_tokens) for e in self.archive.entries
@@ -372,6 +408,14 @@ class TreeMachine(RuleBasedStateMachine):
         self.grow(data.draw(st.sampled_from(self.busy)), piece)
 
     @precondition(lambda self: self.busy)
+    @rule(data=st.data(), piece=tokens)
+    def answer_after_a_wrong_guess(self, data: st.DataObject, piece: list[int]) -> None:
+        branch = data.draw(st.sampled_from(self.busy))
+        if self.tree.make_room(len(piece)):
+            self.memory.evaluate_and_take_back(branch.seq_id, piece)
+            self.tree.extend(branch, piece, settled=False)
+
+    @precondition(lambda self: self.busy)
     @rule(data=st.data(), keep=st.booleans())
     def release(self, data: st.DataObject, keep: bool) -> None:
         branch = data.draw(st.sampled_from(self.busy))
@@ -386,6 +430,10 @@ class TreeMachine(RuleBasedStateMachine):
     @rule()
     def evict_idle(self) -> None:
         self.tree.make_room(N_CELLS)
+
+    @invariant()
+    def is_settled_once_idle(self) -> None:
+        assert self.memory.rolled_back <= {branch.seq_id for branch in self.busy}
 
     @invariant()
     def agrees(self) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from nanorun.errors import EngineError, UsageError
 from nanorun.model.chat import Event, GenerateOptions, Grammar, Message, ToolCall, ToolCallDelta
+from nanorun.model.sampling import NUMBERS
 from nanorun.model.think import HIGH, LOW, MAX, OFF, Think
 from nanorun.runtime.remote.dialect import (
     LLAMA_CPP,
@@ -164,6 +165,17 @@ def test_penalties_go_by_the_endpoints_names() -> None:
     }.items()  # fmt: skip
     body = body_of(OTHER, logprobs=2, frequency_penalty=0.1)
     assert (body["logprobs"], body["top_logprobs"], body["frequency_penalty"]) == (True, 2, 0.1)
+
+
+@pytest.mark.parametrize("dialect", [NANORUN, LLAMA_CPP, VLLM, OPENAI, OTHER])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_sampling_value_is_asked_or_refused(dialect: Dialect, name: str) -> None:
+    try:
+        body = body_of(dialect, **{name: 1})
+    except UsageError:
+        assert name in dialect.unknown_sampling
+    else:
+        assert body[dialect.sampling_names.get(name, name)] == 1
 
 
 @pytest.mark.parametrize(

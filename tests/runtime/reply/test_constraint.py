@@ -186,3 +186,29 @@ async def test_grammar_that_no_text_fits_is_said_in_plain_words(client: EngineCl
     with pytest.raises(UsageError) as caught:
         await collect(client, "Hello", options)
     assert caught.value.facts == ("nothing that fits can follow",)
+
+
+async def test_guessing_under_a_grammar_says_the_same_sooner(pico_gguf: Path) -> None:
+    """What a schema prescribes is guessed, and checked in batches of several tokens."""
+    schema = {
+        "type": "object",
+        "properties": {"favourite_colour": {"enum": ["red", "blue"]}, "age": {"type": "integer"}},
+        "required": ["favourite_colour", "age"],
+        "additionalProperties": False,
+    }
+    said, usages = [], []
+    for speculation in ("off", "lookup"):
+        options = EngineOptions(n_ctx=2048, n_threads=1, speculation=speculation, n_draft=8)
+        client = EngineClient(pico_gguf, options)
+        events = await collect(
+            client, "Reply in JSON: favourite colour red, age 7",
+            GenerateOptions(think=OFF, temperature=0, max_tokens=200, grammar=schema_of(schema)),
+        )  # fmt: skip
+        await client.close()
+        said.append(answer_of(events))
+        assert isinstance(events[-1], Finished)
+        usages.append(events[-1].usage)
+    jsonschema.validate(json.loads(said[0]), schema)
+    assert said[0] == said[1]
+    assert usages[0].completion_tokens == usages[1].completion_tokens
+    assert usages[1].accepted_tokens >= usages[1].completion_tokens // 3

@@ -5,165 +5,103 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorun.model.think import Think
-from nanorun.runtime.reply.dial import Phase, ReasoningDial, template_effort
+from nanorun.runtime.reply.dial import ReasoningDial, template_effort
+from nanorun.runtime.reply.phase import Phase
 
-NEWLINE, CLOSE = 1, 2
-PIECES = {NEWLINE: b"\n", CLOSE: b"</think>"}
-
-
-def make_dial(budget: int | None, *, thinking: bool = True) -> ReasoningDial:
-    return ReasoningDial(
-        budget,
-        thinking=thinking,
-        close_after_text=[NEWLINE, CLOSE, NEWLINE],
-        close_after_newline=[CLOSE, NEWLINE],
-    )
+EURO = "€".encode()
 
 
-def say(dial: ReasoningDial, pieces: list[bytes], *, in_thinking: bool = True) -> list[int]:
-    """Feed ordinary tokens; return what was forced in between, as token ids."""
-    forced = []
+def think(dial: ReasoningDial, pieces: list[bytes]) -> Phase:
+    """Take pieces as long as the dial does not close the thinking; what it asks for then."""
     for piece in pieces:
-        while (token := dial.forced()) is not None:
-            forced.append(token)
-            dial.observe(PIECES[token], in_thinking=token != CLOSE)
-        dial.observe(piece, in_thinking=in_thinking)
-    while (token := dial.forced()) is not None:
-        forced.append(token)
-        dial.observe(PIECES[token], in_thinking=token != CLOSE)
-    return forced
+        if dial.asks_for is Phase.CLOSING:
+            break
+        dial.take(piece)
+    return dial.asks_for
 
 
-def test_dial_without_budget_never_forces() -> None:
-    dial = make_dial(None)
-    assert say(dial, [b"word "] * 500) == []
-    assert dial.phase is Phase.THINKING
+def test_dial_without_budget_asks_for_nothing() -> None:
+    dial = ReasoningDial(None)
+    assert think(dial, [b"word "] * 500) is Phase.THINKING
     assert dial.n_thinking == 500
 
 
 def test_dial_waits_for_the_end_of_the_line() -> None:
-    dial = make_dial(3)
-    say(dial, [b"a", b" b", b" c", b" d"])
-    assert dial.phase is Phase.LANDING
-    assert say(dial, [b"\n"]) == [CLOSE, NEWLINE]
-    assert dial.phase is Phase.ANSWER
-    assert dial.n_thinking == 5
+    dial = ReasoningDial(3)
+    assert think(dial, [b"a", b" b", b" c", b" d"]) is Phase.LANDING
+    assert think(dial, [b"\n"]) is Phase.CLOSING
+    assert (dial.n_thinking, dial.ends_line) == (5, True)
 
 
 def test_dial_waits_for_the_end_of_a_sentence_but_not_for_a_decimal_point() -> None:
-    dial = make_dial(1)
-    say(dial, [b"pi", b" is", b" 3", b"."])
-    assert dial.phase is Phase.LANDING
-    assert say(dial, [b"14", b" indeed", b"."]) == [NEWLINE, CLOSE, NEWLINE]
+    dial = ReasoningDial(1)
+    assert think(dial, [b"pi", b" is", b" 3", b"."]) is Phase.LANDING
+    assert think(dial, [b"14", b" indeed"]) is Phase.LANDING
+    assert think(dial, [b"."]) is Phase.CLOSING
+    assert not dial.ends_line
 
 
 def test_dial_closes_hard_at_the_end_of_the_grace() -> None:
-    dial = make_dial(10)
-    forced = say(dial, [b" word"] * (10 + 32 - 4))
-    assert forced == [NEWLINE, CLOSE, NEWLINE]
-    assert dial.phase is Phase.ANSWER
+    dial = ReasoningDial(10)
+    assert think(dial, [b" word"] * (10 + 32 - 5)) is Phase.LANDING
+    assert think(dial, [b" word"]) is Phase.CLOSING
 
 
 def test_long_thinking_may_land_within_a_tenth_of_its_budget() -> None:
-    dial = make_dial(1000)
-    assert say(dial, [b" word"] * (1000 + 100 - 5)) == []
-    assert say(dial, [b" word"]) == [NEWLINE, CLOSE, NEWLINE]
+    dial = ReasoningDial(1000)
+    assert think(dial, [b" word"] * (1000 + 100 - 5)) is Phase.LANDING
+    assert think(dial, [b" word"]) is Phase.CLOSING
 
 
 def test_dial_completes_a_character_first() -> None:
-    dial = make_dial(10)
-    euro = ["€".encode()[:1], "€".encode()[1:2], "€".encode()[2:]]
+    dial = ReasoningDial(10)
     n_before = 10 + 32 - 5
-    assert say(dial, [b"x"] * n_before + euro[:2]) == []
-    assert say(dial, euro[2:])[-2:] == [CLOSE, NEWLINE]
+    assert think(dial, [b"x"] * n_before + [EURO[:1], EURO[1:2]]) is Phase.LANDING
+    assert think(dial, [EURO[2:]]) is Phase.CLOSING
 
 
-def test_dial_rests_once_the_reply_answers_by_itself() -> None:
-    dial = make_dial(100)
-    dial.observe(b"thought", in_thinking=True)
-    dial.observe(b"</think>", in_thinking=False)
-    assert dial.phase is Phase.ANSWER
-    assert dial.n_thinking == 1
+def test_short_reply_completes_a_character_too() -> None:
+    dial = ReasoningDial(None, max_reply=6)
+    assert think(dial, [b"a", b"b", EURO[:1], EURO[1:2]]) is Phase.LANDING
+    assert think(dial, [EURO[2:]]) is Phase.CLOSING
 
 
-def test_dial_goes_on_counting_when_the_reply_thinks_again() -> None:
-    dial = make_dial(5)
-    dial.observe(b"thought", in_thinking=True)
-    dial.observe(b"<tool_call>", in_thinking=False)
-    assert say(dial, [b"\n"] * 4) == [CLOSE, NEWLINE]
-    assert dial.n_thinking == 5
+def test_thinking_gets_half_of_a_short_reply() -> None:
+    assert think(ReasoningDial(None, max_reply=100), [b"word"] * 49) is Phase.THINKING
+    assert think(ReasoningDial(None, max_reply=100), [b"word"] * 50) is Phase.LANDING
+    # Its grace is a quarter of the reply, less what closes a character.
+    assert think(ReasoningDial(None, max_reply=100), [b"word"] * 70) is Phase.LANDING
+    assert think(ReasoningDial(None, max_reply=100), [b"word"] * 71) is Phase.CLOSING
 
 
 def test_dial_with_budget_zero_closes_before_the_first_token() -> None:
-    dial = make_dial(0)
-    assert dial.forced() == CLOSE
-
-
-def test_dial_of_a_reply_without_thinking_rests() -> None:
-    dial = make_dial(0, thinking=False)
-    assert say(dial, [b"word"] * 100, in_thinking=False) == []
-    assert dial.n_thinking == 0
-
-
-def test_finish_thinking_lands_at_the_next_line() -> None:
-    dial = make_dial(None)
-    say(dial, [b"a", b"b"])
-    dial.finish_thinking()
-    assert dial.forced() is None
-    assert say(dial, [b"\n"]) == [CLOSE, NEWLINE]
+    assert ReasoningDial(0).asks_for is Phase.CLOSING
 
 
 @pytest.mark.parametrize("budget", [0, 5])
 def test_budget_below_what_was_thought_lands_softly(budget: int) -> None:
-    dial = make_dial(None)
-    say(dial, [b"word"] * 100 + [b"\xe2"])
+    dial = ReasoningDial(None)
+    think(dial, [b"word"] * 100 + [b"\xe2"])
     dial.set_budget(budget)
-    assert dial.forced() is None  # in mid-character, and in mid-sentence
-    assert say(dial, [b"\x82", b"\xac", b" is", b" a", b" lot"]) == []
-    assert say(dial, [b".\n"]) == [CLOSE, NEWLINE]
+    assert dial.asks_for is Phase.LANDING  # in mid-character, and in mid-sentence
+    assert think(dial, [b"\x82", b"\xac", b" is", b" a", b" lot"]) is Phase.LANDING
+    assert think(dial, [b".\n"]) is Phase.CLOSING
 
 
 def test_budget_lowered_again_and_again_does_not_put_off_the_end() -> None:
-    dial = make_dial(None)
-    say(dial, [b"word"] * 10)
+    dial = ReasoningDial(None)
+    think(dial, [b"word"] * 10)
     for _ in range(32):
         dial.set_budget(0)
-        say(dial, [b"word"], in_thinking=dial.phase is not Phase.ANSWER)
-    assert dial.phase is Phase.ANSWER
-
-
-def test_thinking_that_begins_anew_after_its_end_is_held_to_the_same_budget() -> None:
-    dial = make_dial(10)
-    say(dial, [b"word"] * 9 + [b"\n"])
-    assert dial.phase is Phase.ANSWER
-    forced = say(dial, [b"word"] * (32 + 10))  # the model opened it again
-    assert CLOSE in forced
-
-
-def test_short_reply_completes_a_character_too() -> None:
-    dial = ReasoningDial(
-        None, thinking=True, close_after_text=[CLOSE], close_after_newline=[CLOSE], max_reply=6
-    )
-    euro = "€".encode()
-    assert say(dial, [b"a", b"b", euro[:1], euro[1:2]]) == []
-    assert say(dial, [euro[2:]]) == [CLOSE]
-
-
-def test_rescue_turns_an_early_end_into_an_answer() -> None:
-    dial = make_dial(None)
-    say(dial, [b"hm"])
-    assert dial.rescue()
-    assert say(dial, []) == [NEWLINE, CLOSE, NEWLINE]
-    assert not dial.rescue()
+        think(dial, [b"word"])
+    assert dial.asks_for is Phase.CLOSING
 
 
 def test_raised_budget_lets_it_think_on() -> None:
-    dial = make_dial(2)
-    say(dial, [b"a", b"b", b"c"])
-    assert dial.phase is Phase.LANDING
+    dial = ReasoningDial(2)
+    assert think(dial, [b"a", b"b", b"c"]) is Phase.LANDING
     dial.set_budget(None)
-    assert say(dial, [b"\n"] * 50) == []
-    assert dial.phase is Phase.THINKING
+    assert think(dial, [b"\n"] * 50) is Phase.THINKING
 
 
 @given(
@@ -173,14 +111,11 @@ def test_raised_budget_lets_it_think_on() -> None:
     ),
 )
 def test_thinking_never_exceeds_budget_and_grace(budget: int, pieces: list[bytes]) -> None:
-    dial = make_dial(budget)
-    forced: list[int] = []
-    for piece in pieces:
-        forced += say(dial, [piece], in_thinking=dial.phase is not Phase.ANSWER)
+    dial = ReasoningDial(budget)
+    asks_for = think(dial, pieces)
     assert dial.n_thinking <= budget + 32  # a tenth of 200 is less
     if len(pieces) >= budget + 32:
-        assert forced[-2:] == [CLOSE, NEWLINE]
-        assert dial.phase is Phase.ANSWER
+        assert asks_for is Phase.CLOSING
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from nanorun.model.chat import (
+    Event,
+    Finished,
+    Message,
+    Notice,
+    PrefillProgress,
+    TextDelta,
+    ThinkingDelta,
+    TokenLogprobs,
+    ToolCall,
+    ToolCallDelta,
+)
+from nanorun.model.reply_so_far import ReplySoFar
+
+CALL = ToolCall("c1", "add", {"a": 1})
+
+
+def gathered(*events: Event) -> ReplySoFar:
+    reply = ReplySoFar()
+    for event in events:
+        reply.take(event)
+    return reply
+
+
+def test_events_add_up_to_a_message_of_the_conversation() -> None:
+    events: list[Event] = [ThinkingDelta("h"), ThinkingDelta("m"), TextDelta("ye"), TextDelta("s")]
+    reply = gathered(*events, ToolCallDelta(0, CALL))
+    assert reply.message() == Message("assistant", "yes", thinking="hm", tool_calls=(CALL,))
+    assert gathered(TextDelta("yes")).message() == Message("assistant", "yes")
+
+
+def test_what_is_not_said_is_kept_beside_it() -> None:
+    token = TokenLogprobs(b"y", -0.5, (), False)
+    progress, end = PrefillProgress(3, 9, 0), Finished("stop")
+    reply = gathered(progress, Notice("slow"), token, end)
+    assert (reply.prefill, reply.notices, reply.logprobs, reply.finished) == (
+        progress,
+        ["slow"],
+        [token],
+        end,
+    )
+    assert reply.message() == Message("assistant", "")
+
+
+def test_thinking_ends_with_the_first_thing_said_or_with_the_reply() -> None:
+    assert not gathered().is_thinking
+    assert gathered(ThinkingDelta("hm"), Notice("slow")).is_thinking
+    for after in (TextDelta("y"), ToolCallDelta(0, CALL), Finished("length")):
+        assert not gathered(ThinkingDelta("hm"), after).is_thinking
