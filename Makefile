@@ -32,7 +32,7 @@ serve: $(VENV)/.runtime  ## OpenAI-style endpoint on 127.0.0.1:8080
 	$(BIN)/nanorun serve $(MODEL)
 
 test: $(VENV)/.dev  ## run the tests (minutes)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu"
 
 test-slow: $(VENV)/.dev  ## run the long ones too: fuzzing, kills, grids, 500 random histories
 	$(BIN)/python -m pytest -m "slow"

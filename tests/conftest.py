@@ -6,12 +6,19 @@ import os
 import signal
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# Set before torch or ggml start their thread pools: two test processes share two cores.
+from tests.support.shared_files import made_once
+
+# Set before torch, ggml or tokenizers are imported, which read them once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Each worker fills a core. Pools as wide as the machine would spin while they wait for it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 PICO_SOURCE = Path(__file__).parent.parent / "nanorun" / "data" / "pico"
 
@@ -51,37 +58,32 @@ def pico_source() -> Path:
     return PICO_SOURCE
 
 
-def _convert_pico(folder: Path, recipe: str) -> Path:
+def _convert_pico(factory: pytest.TempPathFactory, recipe: str) -> Path:
     from nanorun_converters.convert import ConvertOptions, convert
 
-    path = folder / f"pico-{recipe}.gguf"
-    convert(PICO_SOURCE, ConvertOptions(out=path, recipe=recipe))
-    return path
+    return made_once(
+        factory,
+        f"pico-{recipe}.gguf",
+        lambda path: convert(PICO_SOURCE, ConvertOptions(out=path, recipe=recipe)),
+    )
 
 
 @pytest.fixture(scope="session")
 def pico_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pico in Q8_0, converted once a session."""
-    return _convert_pico(tmp_path_factory.mktemp("pico"), "q8_0")
+    return _convert_pico(tmp_path_factory, "q8_0")
 
 
 @pytest.fixture(scope="session")
 def pico_f32_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pico in F32, for comparisons to the last bit."""
-    return _convert_pico(tmp_path_factory.mktemp("pico-f32"), "f32")
+    return _convert_pico(tmp_path_factory, "f32")
 
 
 @pytest.fixture(scope="session")
 def dense_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense hybrid (`-` layers), in F32."""
-    from nanorun_converters.convert import ConvertOptions, convert
-    from tests.support.source_models import write_source_model
-
-    folder = tmp_path_factory.mktemp("dense")
-    source = write_source_model(folder / "source", pattern="M-M*-M-*", dtype="F32", vocab_size=1024)
-    path = folder / "dense.gguf"
-    convert(source, ConvertOptions(out=path, recipe="f32"))
-    return path
+    return _convert_random(tmp_path_factory, "dense.gguf", pattern="M-M*-M-*")
 
 
 @pytest.fixture(scope="session")
@@ -90,14 +92,20 @@ def mtp_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     All its experts are used, so that rounding cannot choose between them.
     """
+    return _convert_random(
+        tmp_path_factory, "mtp.gguf", pattern="ME*EM*E", mtp=True,
+        n_routed_experts=4, num_experts_per_tok=4,
+    )  # fmt: skip
+
+
+def _convert_random(factory: pytest.TempPathFactory, name: str, **shape: Any) -> Path:
     from nanorun_converters.convert import ConvertOptions, convert
     from tests.support.source_models import write_source_model
 
-    folder = tmp_path_factory.mktemp("mtp")
-    source = write_source_model(
-        folder / "source", pattern="ME*EM*E", dtype="F32", vocab_size=1024, mtp=True,
-        n_routed_experts=4, num_experts_per_tok=4,
-    )  # fmt: skip
-    path = folder / "mtp.gguf"
-    convert(source, ConvertOptions(out=path, recipe="f32"))
-    return path
+    def make(path: Path) -> None:
+        source = write_source_model(
+            factory.mktemp("source") / "source", dtype="F32", vocab_size=1024, **shape
+        )
+        convert(source, ConvertOptions(out=path, recipe="f32"))
+
+    return made_once(factory, name, make)

@@ -93,6 +93,11 @@ class ConversionPlan:
     split_max_bytes: int | None = None
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was passed over or decided about the source, for a person to know."""
+        return tuple(self.source.notes)
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether the output's size counts a tokenizer."""
         return _TOKENIZER in self.metadata
@@ -213,6 +218,7 @@ def _metadata(
         imatrix=imatrix,
         only_weights=_only_weights(tensors, model.scheme),
         search=fit.table,
+        ignored_fields=model.ignored_fields,
     )
     if model.carried is not None:
         return merge_metadata(model.carried, model.source, fit.arch, provenance)

@@ -29,6 +29,7 @@ from nanorun_converters.options import ConvertOptions
 from nanorun_converters.output.files import OutputFiles, part_of
 from nanorun_converters.output.gguf_header import Layout, split_paths
 from nanorun_converters.output.pipeline import Hashing, Workers, n_cores
+from nanorun_converters.source.encodings import Nvfp4Tensor
 from nanorun_converters.source.files import Files
 from nanorun_converters.tensors.tensor_plan import OutputTensor, Piece, pieces_of
 from nanorun_quant.encode import Encoder
@@ -77,6 +78,8 @@ class ConvertResult:
     peak_rss_bytes: int
     """Most memory this process ever had resident."""
     resumed: bool
+    notes: tuple[str, ...]
+    """What was passed over or decided about the source."""
 
 
 def convert(
@@ -135,6 +138,7 @@ def summarize(
         seconds=round(time.monotonic() - started, 3),
         peak_rss_bytes=_peak_rss_bytes(),
         resumed=resumed,
+        notes=plan.notes,
     )
 
 
@@ -244,6 +248,8 @@ class _PieceEncoder:
 
     def __call__(self, piece: Piece[OutputTensor]) -> NDArray[np.uint8]:
         tensor = piece.tensor
+        if isinstance(piece.part, Nvfp4Tensor) and piece.first == 0:
+            self._tell_of_zeros(piece.part)
         try:
             if tensor.keeps_blocks:
                 return piece.read_blocks()
@@ -255,6 +261,14 @@ class _PieceEncoder:
                 f" {piece.part.name!r}: {error}",
                 facts=[f"it becomes {tensor.spec.name} as {tensor.type.label}"],
             ) from error
+
+    def _tell_of_zeros(self, part: Nvfp4Tensor) -> None:
+        """Say of a matrix whose factor makes zeros of all of it, as calibration may leave one."""
+        if not part.is_divisor and part.factor.read(0, 1)[0] == 0:
+            name = self.plan.source.origin / part.store.name
+            text = f"{name}: tensor {part.factor.name!r} is 0: all of {part.name!r} becomes 0"
+            log.warning("%s", text)
+            self.plan.source.tell(text)
 
     def _weights_of(self, piece: Piece[OutputTensor]) -> NDArray[np.float32] | None:
         """How much an error in each column matters, `(n_per_row,)`; None where all do alike."""

@@ -44,6 +44,11 @@ class ConvertOptions:
     """Size that no file may exceed; None for one file."""
     keep_mtp: bool = True
     """Whether a multi-token prediction head comes along."""
+    ignored_fields: tuple[str, ...] = ()
+    """Fields of config.json to leave out of account, though nobody knows what they do."""
+
+    chat_template: str | None = None
+    """A file with the chat template to write, or `family`; None for the source's own."""
 
     def command(self, source: str, **changes: Any) -> str:
         """The command line that asks for the same of `source`.
@@ -60,6 +65,8 @@ class ConvertOptions:
                 words += [flag] if isinstance(value, bool) else [flag, str(value)]
         for role, type_ in asked.type_map.items():
             words += ["--type-map", f"{role}={type_}"]
+        for name in asked.ignored_fields:
+            words += ["--ignore-field", name]
         return shlex.join(words)
 
     def again(self, source: str) -> Again:
@@ -78,6 +85,7 @@ _FLAGS = {
     "--threads": "n_threads",
     "--split-max-size": "split_max_bytes",
     "--no-mtp": "keep_mtp",
+    "--chat-template": "chat_template",
     "--out": "out",
     "--force": "force",
     "--dry-run": "dry_run",

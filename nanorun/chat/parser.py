@@ -197,14 +197,14 @@ class ReplyParser:
         if self.in_thinking and tag == END_CALL:
             self._release(tag)
         else:
-            self._on_phrase(tag)
+            self._on_phrase(tag, control=True)
 
-    def _on_phrase(self, phrase: str) -> None:
+    def _on_phrase(self, phrase: str, *, control: bool = False) -> None:
         if phrase in self._stops and self._mode == "answer":
             self.stopped_by = phrase
             self._mode = "over"
         elif phrase in self._openers:
-            self._open_call(phrase)
+            self._open_call(phrase, control=control)
         elif phrase == THINK and not self.in_thinking:
             self._enter("thinking")
         elif phrase == END_THINK and self.in_thinking:
@@ -217,10 +217,10 @@ class ReplyParser:
 
     # --- tool calls -------------------------------------------------------------------------
 
-    def _open_call(self, opener: str) -> None:
+    def _open_call(self, opener: str, *, control: bool) -> None:
         self._was_thinking = self.in_thinking
         self._mode = "call"
-        self._reader = ToolCallReader(self._tools)
+        self._reader = ToolCallReader(self._tools, by_token=control)
         if opener != CALL:
             self._reader.feed(opener, 0)
 

@@ -1,49 +1,58 @@
-"""Reading a tool call as it streams in, with the slips that models make.
+"""Reading a tool call as it streams in.
 
 Nemotron's form is `<tool_call>`, `<function=NAME>`, any number of `<parameter=KEY>` value
-`</parameter>`, `</function>`, `</tool_call>`; the older form of a JSON object between the outer
-tags is read too. `ToolCallReader` finds out where a call ends while values may hold the very
-tags that end it; `call_parsing` makes the call of what was read.
+`</parameter>`, `</function>`, `</tool_call>`; the JSON object that Hermes and the older Nemotron
+write between the outer tags is read too. Calls held by `call_grammar` are written like that; the
+others come with these slips, each of which somebody saw a model make:
+
+- no `<tool_call>` before `<function=`: ollama issues 16686 and 17353 (`ReplyParser` opens a call);
+- no `</parameter>` at the last parameter, by Nemotron 3 Nano itself: llama.cpp pull request 18077;
+  between parameters, and no `</function>`: ollama pull request 17914, vLLM's qwen3_coder parser;
+- no `</tool_call>`, and several functions in one `<tool_call>`: vLLM's qwen3_coder parser;
+- no `>` after a name: vLLM pull request 25028.
+
+Values may hold the very tags: one that begins on a line of its own ends with a `</parameter>` on
+a line of its own, after which the call goes on or ends.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Literal
 
-from nanorun.chat.call_parsing import (
-    ParsedCall,
-    Part,
-    call_from_head,
-    call_from_parts,
-    calls_from_json,
-    join_parts,
-)
+from nanorun.chat.call_parsing import CallDraft, ParsedCall, calls_from_json, unusable
 from nanorun.chat.markup import CALL, END_CALL
-from nanorun.chat.phrases import PhraseMatcher
 from nanorun.chat.tool_values import ToolSet
 
-_TAGS = (CALL, END_CALL, "<function", "</function>", "<parameter", "</parameter")
-_TAGS_AFTER = (CALL, END_CALL, "<function", "</function>", "</parameter>")
-_BLANK = re.compile(r"\s*")
-_BLANK_OR_NOISE = re.compile(r"[\s`}\],]*")
-"""What may stand after a JSON call without meaning anything: a surplus brace, a code fence."""
-_FENCE = re.compile(r"[^\n]*\n?")
-
-Phase = Literal["head", "tags", "json", "after"]
+_FUNCTION, _END_FUNCTION = "<function=", "</function>"
+_PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
+_TAGS = (CALL, END_CALL, _FUNCTION, _END_FUNCTION, _PARAMETER, _END_PARAMETER)
+_AFTER_VALUE = (CALL, END_CALL, _FUNCTION, _END_FUNCTION, _PARAMETER)
+_N_LONGEST = max(map(len, _TAGS))
+_OUTSIDE = re.compile(f"{CALL}|{END_CALL}|{_FUNCTION}")
+_IN_FUNCTION = re.compile(f"{CALL}|{END_CALL}|{_FUNCTION}|{_END_FUNCTION}|{_PARAMETER}")
+_IN_VALUE = re.compile(f"{_END_PARAMETER}|{_PARAMETER}|{END_CALL}")
+_NAME = re.compile(r"([^<>\n]{0,256})(?:>|(?=\n))")
+_NAME_SO_FAR = re.compile(r"[^<>\n]{0,256}")
+_QUOTE = re.compile(r'\\.|"', re.DOTALL)
+_MOST_BLANKS = 64
+"""Between a `</parameter>` and the tag that shows it to be one."""
+_N_CHUNK = 4096
 
 
 class ToolCallReader:
     """Reads the text after a `<tool_call>`, and further calls that follow at once.
 
-    Feed it until `done`; what it found is in `items`: calls, and text that stood around them. A
-    call is there as soon as its `</function>` or its last brace was read. Without tools on offer
-    a text that does not begin like a call is not taken for one: the reader is then `refused`, and
-    all it read is in `leftover`.
+    Feed it until `done`; what it found is in `items`: calls, and text that stood around them.
+    Without tools on offer a text that does not begin like a call is not taken for one: the reader
+    is then `refused`, and all it read is in `leftover`.
+
+    Args:
+        tools: The tools on offer.
+        by_token: Whether the call began with a control token; `<tool_call>` and `</tool_call>` in
+            its values are then text, wherever they stand.
     """
 
-    def __init__(self, tools: ToolSet) -> None:
+    def __init__(self, tools: ToolSet, *, by_token: bool = False) -> None:
         self.items: list[str | ParsedCall] = []
         self.done = False
         self.closed = False
@@ -51,317 +60,325 @@ class ToolCallReader:
         self.refused = False
         self.leftover = ""
         """Text read that belongs to what follows the call."""
-        self._is_sure = False  # that this is a call: one was read
         self._tools = tools
-        self._matcher = PhraseMatcher(_TAGS)
-        self._steps: dict[Phase, Callable[[str, int], int]] = {
-            "head": self._read_head,
-            "tags": self._read_tags,
-            "json": self._read_json,
-            "after": self._read_after,
-        }
-        self._phase: Phase
-        self._held: str  # after a call: what may be the beginning of a tag
+        self._by_token = by_token
+        self._rest = ""  # not decided yet: it begins with a tag, or may be the beginning of one
+        self._at_end = False  # nothing follows the rest
+        self._draft: CallDraft | None = None
+        self._name = ""  # of the open parameter
+        self._is_sure = False  # that this is a call
         self._begin()
+
+    def _begin(self) -> None:
+        """Start a block, as after `<tool_call>`."""
+        self._text: list[str] = []  # read since the last tag
+        self._begun = self._in_string = False
+        self._step = self._read_head
 
     def feed(self, text: str, start: int) -> int:
         """Read `text` from `start`; returns the offset after what was read."""
         i = start
         while i < len(text) and not self.done:
-            i = self._steps[self._phase](text, i)
+            chunk = text[i : i + _N_CHUNK]
+            i += len(chunk)
+            self._rest += chunk
+            self._run()
+            if self.done:
+                n_back = min(len(self._rest), len(chunk))
+                self.leftover += self._rest[: len(self._rest) - n_back]
+                i -= n_back
         return i
 
     def feed_control(self, tag: str) -> None:
         """Read `<tool_call>` or `</tool_call>` that came as a control token, so it is no text."""
-        if self._phase == "after":
-            if self._held:
-                self.items.append(self._held)
-            self._on_tag_after(tag)
-            return
-        if self._phase == "head":
-            self._phase = "tags"
-        self._matcher.reset()
-        self._on_tag(tag, self._take_gap(), control=True)
+        if self._step == self._read_head and tag == END_CALL and not self._draft:
+            self._is_sure = True
+        self._close(cut_off=False)
+        if tag == CALL:
+            self._by_token = True
+            self._begin()
+        else:
+            self.done = self.closed = True
 
     def finish(self) -> None:
         """The reply ends here, whatever is open."""
         if self.done:
             return
-        if self._phase == "after":
-            self.leftover = self._held
-        elif self._may_refuse and self._phase != "json":
+        if self._step == self._read_head and self._may_refuse:
             self._refuse()
+            self.leftover += self._rest
         else:
-            self._close_part(self._take_gap())
-            self._end_block(cut_off=True)
+            self._close(cut_off=True)
         self.done = True
 
-    def _begin(self) -> None:
-        """Start a block, as after `<tool_call>`."""
-        self._phase = "head"
-        self._gap: list[str] = []  # text since the last tag
-        self._held = ""
-        self._in_fence = False
-        self._was_json = False
-        self._begin_function()
+    def _run(self) -> None:
+        while not self.done and self._step():
+            pass
 
-    def _begin_function(self) -> None:
-        self._parts: list[Part] = [Part("", "")]
-        self._in_function = False
-        self._in_value = False
-        self._i_doubtful: int | None = None
-        """Index of the first part whose tag would have ended the call but for an open value."""
-        self._extent = JsonExtent()
+    def _next_tag(self, tags: re.Pattern[str]) -> str | None:
+        """The next tag, with which the rest then begins; None if there is none yet."""
+        match = tags.search(self._rest)
+        self._move(match.start() if match else self._n_certain())
+        return match[0] if match else None
+
+    def _n_certain(self) -> int:
+        """Characters of the rest that cannot be the beginning of a tag."""
+        i = self._rest.rfind("<", max(0, len(self._rest) - _N_LONGEST))
+        is_beginning = i >= 0 and not self._at_end and _begins_tag(self._rest[i:], _TAGS)
+        return i if is_beginning else len(self._rest)
+
+    def _move(self, n_chars: int) -> None:
+        """Take characters of the rest for text."""
+        if n_chars:
+            self._text.append(self._rest[:n_chars])
+            self._rest = self._rest[n_chars:]
+
+    def _skip(self, n_chars: int) -> None:
+        self._rest = self._rest[n_chars:]
+
+    def _take_text(self) -> str:
+        text, self._text = "".join(self._text), []
+        return text
 
     # --- before the call proper -------------------------------------------------------------
 
-    def _read_head(self, text: str, i: int) -> int:
-        """Skip blanks and a code fence, and find out in which form the call comes."""
-        pattern = _FENCE if self._in_fence else _BLANK
-        match = pattern.match(text, i)
-        end = match.end() if match else i
-        self._gap.append(text[i:end])
-        if self._in_fence:
-            self._in_fence = text[end - 1] != "\n"
-        elif end < len(text):
-            self._in_fence = text[end] == "`"
-            if text[end] in "{[":
-                self._phase = "json"
-                self._was_json = True
-            elif not self._in_fence:
-                self._phase = "tags"
-                if text[end] != "<" and self._may_refuse:
-                    self._refuse()
-        return end
+    def _read_head(self) -> bool:
+        """Find out in which form the call comes; text before it is passed on."""
+        if not self._begun:
+            self._move(len(self._rest) - len(self._rest.lstrip()))
+            if not self._rest:
+                return False
+            self._begun = True
+            if self._rest[0] in "{[":
+                self._step = self._read_json
+                return True
+        tag = self._next_tag(_OUTSIDE)
+        if self._may_refuse and (self._has_text or tag not in (None, _FUNCTION)):
+            self._refuse()
+            return False
+        if tag is None:
+            return False
+        if tag == _FUNCTION:
+            return self._open_function()
+        if tag == END_CALL or self._has_text:
+            self.items.append(unusable(self._take_text()))
+            self._is_sure = True
+        self._step = self._read_after
+        return True
+
+    @property
+    def _has_text(self) -> bool:
+        return any(text.strip() for text in self._text)
 
     @property
     def _may_refuse(self) -> bool:
         """Whether what was read so far may turn out to be no call, but text."""
-        return not self._tools and not self._is_sure and not self._in_function
-
-    @property
-    def _read_so_far(self) -> str:
-        return "".join(self._gap).strip()
+        return not self._tools and not self._is_sure
 
     def _refuse(self) -> None:
         self.done = self.refused = True
-        self.leftover = join_parts(self._parts) + self._take_gap()
+        self.leftover = self._take_text()
 
-    # --- the tagged form --------------------------------------------------------------------
+    def _open_function(self) -> bool:
+        name = self._read_name(_FUNCTION)
+        if name is None:
+            return False
+        self._is_sure = True
+        if not name:
+            self._step = self._read_head
+            self._begun = True
+            self._move(len(_FUNCTION))
+            return True
+        if self._has_text:
+            self.items.append(self._take_text().strip())
+        self._text.clear()
+        self._draft = CallDraft(name, self._tools)
+        self._step = self._read_between
+        return True
 
-    def _read_tags(self, text: str, i: int) -> int:
-        end, found = self._matcher.find(text, i)
-        self._gap.append(text[i:end])
-        if not found:
-            if self._may_refuse and not "<function".startswith(self._read_so_far):
-                self._refuse()
-            return end
-        self._matcher.reset()
-        tag = found[0]
-        if self._may_refuse and self._read_so_far != "<function":
-            self._refuse()
-        else:
-            self._on_tag(tag, self._take_gap()[: -len(tag)], control=False)
-        return end
+    def _read_name(self, tag: str) -> str | None:
+        """The name in the tag that the rest begins with, read; "" if there is none.
 
-    def _on_tag(self, tag: str, gap: str, *, control: bool) -> None:
-        self._close_part(gap)
-        if tag in (CALL, END_CALL):
-            self._on_outer_tag(tag, gap, control=control)
-            return
-        if tag == "<function" and self._in_function and not self._in_value:
-            self._end_function(cut_off=False)
-        if tag == "<function" and self._i_doubtful is not None and self._follows_function(gap):
-            self._end_block(cut_off=False)
-        if tag == "</function>" and self._in_value and _at_line_start(gap):
-            self._doubt()
-        self._parts.append(Part(tag, ""))
-        if self._phase == "json":
-            return
-        if tag == "<function":
-            self._in_function = True
-        elif tag == "<parameter":
-            self._in_value = self._in_function
-        elif tag == "</parameter":
-            self._in_value = False
-            self._i_doubtful = None
-        elif tag == "</function>" and self._in_function and not self._in_value:
-            self._end_function(cut_off=False)
-            self._phase = "after"
-
-    def _on_outer_tag(self, tag: str, gap: str, *, control: bool) -> None:
-        """`<tool_call>` or `</tool_call>`, which may also be text of an open value.
-
-        It is not if it stands on a line of its own, or right after `</function>`, or (for a new
-        call) if the text had an end before.
+        None if more of it is to come.
         """
-        in_value = self._extent.in_string if self._phase == "json" else self._in_value
-        ends = control or not in_value or _at_line_start(gap) or self._follows_function(gap)
-        if ends and (control or tag == END_CALL):
-            self._i_doubtful = None
-        if tag == END_CALL and not ends:
-            self._doubt()
-        elif tag == CALL and self._i_doubtful is not None:
-            ends = True
-        if not ends:
-            self._parts.append(Part(tag, ""))
-            return
-        is_doubled = tag == CALL and not join_parts(self._parts).strip()
-        if not is_doubled:
-            self._end_block(cut_off=False)
-        if tag == CALL:
-            self._begin()
-        else:
-            self.done = self.closed = True
-
-    def _follows_function(self, gap: str) -> bool:
-        return self._parts[-1].tag == "</function>" and not gap.strip()
-
-    def _doubt(self) -> None:
-        if self._i_doubtful is None:
-            self._i_doubtful = len(self._parts)
+        match = _NAME.match(self._rest, len(tag))
+        if match is None:
+            so_far = _NAME_SO_FAR.match(self._rest, len(tag))
+            is_whole = so_far is None or so_far.end() < len(self._rest)
+            return "" if is_whole or self._at_end else None
+        name = match[1].strip()
+        if name:
+            self._skip(match.end())
+        return name
 
     # --- the JSON form ----------------------------------------------------------------------
 
-    def _read_json(self, text: str, i: int) -> int:
-        end, found = self._matcher.find(text, i)
-        complete = self._extent.advance(text, i, end)
-        if complete is not None:
-            self._gap.append(text[i:complete])
-            self._matcher.reset()
-            self._close_part(self._take_gap())
-            self._end_json(cut_off=False)
-            self._begin_function()
-            self._phase = "after"
-            return complete
-        self._gap.append(text[i:end])
-        if found:
-            self._matcher.reset()
-            self._on_tag(found[0], self._take_gap()[: -len(found[0])], control=False)
-        return end
+    def _read_json(self) -> bool:
+        """Go on to the `</tool_call>` that is not in a string."""
+        match = None if self._by_token else re.search(END_CALL, self._rest)
+        end = match.start() if match else self._n_certain()
+        if match is None and not self._at_end and self._rest[:end].endswith("\\"):
+            end = len(self._rest[:end].rstrip("\\"))  # with what it escapes
+        for quote in _QUOTE.finditer(self._rest, 0, end):
+            self._in_string ^= quote[0] == '"'
+        self._move(end)
+        if match is None:
+            return False
+        if self._in_string and not self._at_line_start:
+            self._move(len(END_CALL))
+        else:
+            self._end_json()
+        return True
 
-    # --- after a call -----------------------------------------------------------------------
+    def _end_json(self) -> None:
+        self._is_sure = True
+        self.items += calls_from_json(self._take_text(), self._tools)
+        self._step = self._read_after
 
-    def _read_after(self, text: str, i: int) -> int:
-        """Skip blanks, and see whether the block ends, or another call follows."""
-        if not self._held:
-            match = (_BLANK_OR_NOISE if self._was_json else _BLANK).match(text, i)
-            i = match.end() if match else i
-            if i == len(text):
-                return i
-            if self._was_json and text[i] in "{[":
-                self._phase = "json"
-                return i
-        held = self._held + text[i]
-        if not any(tag.startswith(held) for tag in _TAGS_AFTER):
-            self.leftover = self._held
-            self.done = True
-            return i
-        self._held = held
-        self._on_tag_after(held)
-        return i + 1
+    # --- a function -------------------------------------------------------------------------
 
-    def _on_tag_after(self, tag: str) -> None:
+    def _read_between(self) -> bool:
+        """Read between parameters."""
+        assert self._draft is not None
+        tag = self._next_tag(_IN_FUNCTION)
+        if tag is None:
+            return False
+        if tag == _PARAMETER:
+            name = self._read_name(_PARAMETER)
+            if name is None:
+                return False
+            if not name:
+                self._move(len(_PARAMETER))
+                return True
+            self._draft.add_unused(self._take_text())
+            self._name = name
+            self._step = self._read_value
+            return True
+        if tag == _END_FUNCTION:
+            self._skip(len(tag))
+        self._end_function()
+        return True
+
+    def _end_function(self) -> None:
+        assert self._draft is not None
+        self._draft.add_unused(self._take_text())
+        self.items.append(self._draft.done())
+        self._draft = None
+        self._step = self._read_after
+
+    def _read_value(self) -> bool:
+        tag = self._next_tag(_IN_VALUE)
+        if tag is None:
+            return False
+        ends = self._ends_value(tag)
+        if ends is None:
+            return False
+        if not ends:
+            self._move(len(tag))
+            return True
+        if tag == _END_PARAMETER:
+            self._skip(len(tag))
+            self._end_value()
+        else:
+            self._end_open_value()
+        return True
+
+    def _ends_value(self, tag: str) -> bool | None:
+        """Whether the tag ends the value, and is not part of it; None if what follows says."""
+        own_line = self._at_line_start or self._is_compact
         if tag == END_CALL:
-            self.done = self.closed = True
-        elif tag == CALL:
-            self._begin()
-        elif tag == "<function":
-            self._begin()
-            self._phase = "tags"
-            self._on_tag(tag, "", control=False)
-        elif tag in _TAGS_AFTER:  # a closing tag too many
-            self._held = ""
+            return own_line and not self._by_token
+        if not own_line:
+            return False
+        return self._goes_on() if tag == _END_PARAMETER else self._is_next_parameter()
+
+    def _goes_on(self) -> bool | None:
+        """Whether the call goes on, or ends, after the `</parameter>` here."""
+        after = self._rest[len(_END_PARAMETER) :]
+        tag = after.lstrip()
+        if tag.startswith(_AFTER_VALUE) or (self._at_end and not tag):
+            return True
+        may_go_on = len(after) - len(tag) <= _MOST_BLANKS and _begins_tag(tag, _AFTER_VALUE)
+        return None if may_go_on and not self._at_end else False
+
+    def _is_next_parameter(self) -> bool | None:
+        """Whether `<parameter=...>` is another parameter of the tool: `</parameter>` is missing."""
+        assert self._draft is not None
+        rest = self._rest
+        name = self._read_name(_PARAMETER)
+        self._rest = rest
+        if name is None:
+            return None
+        is_new = name != self._name and name not in self._draft.arguments
+        return is_new and name in self._draft.spec.parameters
+
+    @property
+    def _at_line_start(self) -> bool:
+        return bool(self._text) and self._text[-1].endswith("\n")
+
+    @property
+    def _is_compact(self) -> bool:
+        """Whether the value begins right after its tag; then its end is no line of its own."""
+        return not self._text or not self._text[0].startswith("\n")
+
+    def _end_open_value(self) -> bool:
+        """End a value whose `</parameter>` is missing; returns whether its function ends too."""
+        text = self._take_text()
+        inner = _without(text, _END_FUNCTION)
+        self._text = [_without(inner, _END_PARAMETER)]
+        self._end_value()
+        return inner != text
+
+    def _end_value(self) -> None:
+        assert self._draft is not None
+        text = self._take_text().removeprefix("\n").removesuffix("\n")
+        self._draft.add_text(self._name, text)
+        self._step = self._read_between
 
     # --- ends -------------------------------------------------------------------------------
 
-    def _take_gap(self) -> str:
-        gap = "".join(self._gap)
-        self._gap = []
-        return gap
-
-    def _close_part(self, gap: str) -> None:
-        self._parts[-1] = Part(self._parts[-1].tag, gap)
-
-    def _end_block(self, *, cut_off: bool) -> None:
-        """Make calls of what was read; text after a doubtful end was text after all."""
-        rest = ""
-        if self._i_doubtful is not None:
-            rest = join_parts(self._parts[self._i_doubtful :])
-            rest = rest.removeprefix(self._parts[self._i_doubtful].tag).strip()
-            self._parts = self._parts[: self._i_doubtful]
-            cut_off = False
-        if self._phase == "json":
-            self._end_json(cut_off=cut_off)
-        elif self._in_function:
-            self._end_function(cut_off=cut_off)
-        else:
-            self._is_sure = True
-            self.items.append(call_from_head(join_parts(self._parts), self._tools))
-            self._begin_function()
-        if rest:
-            self.items.append(rest)
-
-    def _end_function(self, *, cut_off: bool) -> None:
-        self._is_sure = True
-        head = self._parts[0].text.strip()
-        if head and not head.startswith("`"):
-            self.items.append(head)
-        self.items.append(call_from_parts(self._parts[1:], self._tools, cut_off=cut_off))
-        self._begin_function()
-
-    def _end_json(self, *, cut_off: bool) -> None:
-        self._is_sure = True
-        self.items += calls_from_json(
-            join_parts(self._parts), self._extent.missing, self._tools, cut_off=cut_off
-        )
-
-
-class JsonExtent:
-    """Follows JSON text to the brace or bracket that closes it."""
-
-    _IN_STRING = re.compile(r'["\\]')
-    _OUTSIDE = re.compile(r'["{}\[\]]')
-
-    def __init__(self) -> None:
-        self.in_string = False
-        self._escaped = False
-        self._closers: list[str] = []
-
-    @property
-    def missing(self) -> str:
-        """What would close all that is open."""
-        return ('"' if self.in_string else "") + "".join(reversed(self._closers))
-
-    def advance(self, text: str, start: int, end: int) -> int | None:
-        """Read `text[start:end]`; returns the offset after the closing bracket, if it is there."""
-        i = start
-        while i < end:
-            if self._escaped:
-                self._escaped = False
-                i += 1
-                continue
-            match = (self._IN_STRING if self.in_string else self._OUTSIDE).search(text, i, end)
-            if match is None:
-                return None
-            i = match.end()
-            if self._is_closed_by(match[0]):
-                return i
-        return None
-
-    def _is_closed_by(self, char: str) -> bool:
-        if char == "\\":
-            self._escaped = True
-        elif char == '"':
-            self.in_string = not self.in_string
-        elif char in "{[":
-            self._closers.append("}" if char == "{" else "]")
-        elif self._closers:
-            self._closers.pop()
-            return not self._closers
+    def _read_after(self) -> bool:
+        """See whether the block ends, or another call follows."""
+        self._rest = self._rest.lstrip()
+        if self._rest.startswith(END_CALL):
+            self._skip(len(END_CALL))
+            self.done = self.closed = True
+        elif self._rest.startswith(CALL):
+            self._skip(len(CALL))
+            self._begin()
+            return True
+        elif self._rest.startswith(_FUNCTION):
+            return self._open_function()
+        elif not self._at_end:
+            self.done = bool(self._rest) and not _begins_tag(self._rest, _AFTER_VALUE[:3])
         return False
 
+    def _close(self, *, cut_off: bool) -> None:
+        """End whatever is open."""
+        self._at_end = True
+        self._run()
+        self._move(len(self._rest))
+        if self._step == self._read_value and self._end_open_value():
+            cut_off = False
+        if self._draft is not None:
+            if cut_off:
+                self._draft.problems.append("the reply ends within the call")
+            self._end_function()
+        elif self._step == self._read_json:
+            self._end_json()
+        elif self._step == self._read_head:
+            self._is_sure = True
+            self.items.append(unusable(self._take_text()))
+        elif self._has_text:
+            self.items.append(self._take_text())
+        self._at_end = False
 
-def _at_line_start(gap: str) -> bool:
-    """Whether a tag after `gap` is the first thing on its line."""
-    return gap.rstrip(" \t").endswith("\n")
+
+def _begins_tag(text: str, tags: tuple[str, ...]) -> bool:
+    return any(tag.startswith(text) for tag in tags)
+
+
+def _without(text: str, closer: str) -> str:
+    """The text without a closing tag at its end, and the blanks around that."""
+    stripped = text.rstrip()
+    return stripped.removesuffix(closer) if stripped.endswith(closer) else text

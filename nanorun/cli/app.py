@@ -86,7 +86,23 @@ def _root(
         raise typer.Exit(ExitCode.USAGE)
 
 
-class _Commands(TyperGroup):
+def _show_help(ctx: Any, _param: Any, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        write_data(ctx.get_help() + "\n")
+        ctx.exit()
+
+
+class _HelpAsData:
+    """A command whose help is written as all data is: Typer's own fails on a full disk."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.callback = _show_help
+        return option
+
+
+class _Commands(_HelpAsData, TyperGroup):
     """The root: knows every command's name and line of help, imports the one that runs."""
 
     def list_commands(self, ctx: Any) -> list[str]:
@@ -111,7 +127,7 @@ class _Commands(TyperGroup):
         )
 
 
-class _Command(TyperCommand):
+class _Command(_HelpAsData, TyperCommand):
     """A command whose help shows its flags in the groups named by `rich_help_panel`."""
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:

@@ -6,6 +6,8 @@ handled once.
 
 from __future__ import annotations
 
+import codecs
+import errno
 import io
 import json
 import logging
@@ -31,11 +33,28 @@ def prepare_streams() -> None:
     """Make writing safe: no stream is missing, and no character fails for want of a code."""
     # Python has None where the caller closed a stream (`2>&-`). The files stay open on purpose.
     sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdout = sys.stdout or _ClosedOutput()
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(encoding=_encoding(stream), errors="replace")
+
+
+def _encoding(stream: io.TextIOWrapper) -> str:
+    """The stream's encoding; UTF-8 where it is ASCII because the locale says nothing (`C`)."""
+    is_ascii = codecs.lookup(stream.encoding).name == "ascii"
+    return "utf-8" if is_ascii and not os.environ.get("PYTHONIOENCODING") else stream.encoding
+
+
+class _ClosedOutput(io.TextIOBase):
+    """Stands for a stdout that the caller closed: what is written there is refused, not lost."""
+
+    def __init__(self) -> None:
+        # Holds the descriptor, or the next file that is opened would be standard output.
+        self._sink = Path(os.devnull).open("wb")  # noqa: SIM115
+
+    def write(self, _text: str) -> int:
+        raise OSError(errno.EBADF, "it is closed")
 
 
 def is_terminal(stream: TextIO) -> bool:

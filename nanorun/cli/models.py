@@ -68,7 +68,7 @@ def trained_n_ctx(path: Path) -> int:
 def display_name(model: str) -> str:
     """What a model is called: its library name, or its file's name without `.gguf`."""
     path = Path(model)
-    return path.stem if path.suffix == ".gguf" else path.name
+    return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
 def state_folder(*, keep: bool) -> str | None:

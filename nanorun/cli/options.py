@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -69,15 +70,21 @@ DEFAULT_N_CTX = 8192
 
 
 def check_text(text: str, name: str) -> str:
-    """The text, if it is one.
+    """The text of an argument, if it is one.
+
+    Python reads arguments in the encoding of the locale, and where that is ASCII (`LC_ALL=C`) as
+    bytes; people's texts are UTF-8 there as well.
 
     Raises:
         UsageError: If it was made of bytes that are not UTF-8.
     """
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{name} is not UTF-8 text") from error
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeError as error:
+            raise UsageError(f"{name} is not UTF-8 text") from error
     return text
 
 

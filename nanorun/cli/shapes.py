@@ -83,7 +83,7 @@ def _of_source(model: str, recipe: str | None) -> list[ModelShape] | None:
     if (Path(model) / "config.json").is_file():
         return _of_folder(Path(model), recipe)
     name = model.removeprefix("hf://")
-    if Path(model).exists() or name.endswith(".gguf") or parse_repository(name) is None:
+    if Path(model).exists() or name.lower().endswith(".gguf") or parse_repository(name) is None:
         return None
     return _of_repository(model, name, recipe)
 
@@ -104,7 +104,7 @@ def _of_repository(name: str, argument: str, recipe: str | None) -> list[ModelSh
     files = HubFiles(repository, revision)
     config = files.find("config.json")
     if config is None:
-        ggufs = [file for file in files.names() if file.endswith(".gguf")]
+        ggufs = [file for file in files.names() if file.lower().endswith(".gguf")]
         raise ModelError(
             f"{argument}: expected a source model's config.json, found none",
             tries=[f"nanorun plan {argument}/{file}" for file in ggufs[:3]],
@@ -117,13 +117,14 @@ def _of_repository(name: str, argument: str, recipe: str | None) -> list[ModelSh
 
 
 def _arch_of_config(text: bytes, where: str, source: str) -> HybridArch:
+    import codecs
     import json
 
     from nanorun_converters.family.config import arch_from_config
     from nanorun_converters.options import ConvertOptions
 
     try:
-        config = json.loads(text)
+        config = json.loads(text.removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
         raise ModelError(f"{where} cannot be read: {error}") from error
     if not isinstance(config, dict):

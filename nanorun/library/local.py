@@ -148,7 +148,7 @@ def _is_folder(path: Path) -> ModelError:
             f"{path} is a source model, which has to be converted first",
             tries=[f"nanorun convert {_quoted(path)} --out {_quoted(out)}"],
         )
-    files = sorted(path.glob("*.gguf"))[:3]
+    files = _ggufs(path)[:3]
     return ModelError(
         f"{path} is a folder without a source model: expected config.json, found none",
         tries=[f"nanorun chat {_quoted(file)}" for file in files],
@@ -157,7 +157,7 @@ def _is_folder(path: Path) -> ModelError:
 
 def _missing(text: str) -> NanorunError:
     path = Path(text)
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return ModelError(f"{path}: no such file", facts=_neighbours(path))
     nearest = difflib.get_close_matches(text.lower(), CATALOG, n=2)
     names = ", ".join(CATALOG)
@@ -171,9 +171,16 @@ def _neighbours(path: Path) -> list[str]:
     """What a missing file may have been meant to be."""
     names: list[str] = []
     with suppress(OSError, ValueError):
-        names = [file.name for file in path.parent.glob("*.gguf")]
-    nearest = difflib.get_close_matches(path.name, names, n=3)
+        names = [file.name for file in _ggufs(path.parent)]
+    name_of = {name.lower(): name for name in names}
+    nearest = [name_of[n] for n in difflib.get_close_matches(path.name.lower(), name_of, n=3)]
     return [f"nearest: {', '.join(nearest)}"] if nearest else []
+
+
+def _ggufs(folder: Path) -> list[Path]:
+    """The GGUF files of a folder, by name; not what macOS leaves beside them (`._NAME`)."""
+    files = (file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    return sorted(file for file in files if not file.name.startswith("._"))
 
 
 def _quoted(path: Path | str) -> str:

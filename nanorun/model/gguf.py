@@ -18,11 +18,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from nanorun.errors import ModelError
 from nanorun.model.ggml_type import GgmlType
-from nanorun.model.gguf_cursor import ARRAY, UINT32, ByteStream, GgufCursor
+from nanorun.model.gguf_cursor import ARRAY, UINT16, UINT32, ByteStream, GgufCursor
+from nanorun.model.lookalikes import HEAD_BYTES, look_alike
 
 MAGIC = b"GGUF"
 DEFAULT_ALIGNMENT = 32
@@ -34,10 +35,11 @@ KEY_SPLIT_TENSORS = "split.tensors.count"
 MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 
-# llama.cpp finds the other files of a split by this form of the first one's name, and no other.
-_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})\.gguf")
+_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})(\.gguf)", re.IGNORECASE)
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
+
+_NEEDED_TYPES = {KEY_ALIGNMENT: UINT32, KEY_SPLIT_NO: UINT16}
 
 T = TypeVar("T", str, int, float, bool, list[Any])
 
@@ -211,7 +213,9 @@ def _split_paths(first: GgufFile) -> list[Path]:
         return [first.path]
     path, number = first.path, first.require(KEY_SPLIT_NO, int)
     if number != 0:
-        start = re.sub(r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", str(path))
+        start = re.sub(
+            r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", str(path), flags=re.IGNORECASE
+        )
         raise ModelError(
             f"{path} is file {number + 1} of the {n_files} that a model is split into",
             facts=[f"a split model is opened by its first file, {start}"],
@@ -220,7 +224,9 @@ def _split_paths(first: GgufFile) -> list[Path]:
     if named is None or int(named[2]) != n_files:
         expected = f"a name that ends in -00001-of-{n_files:05}.gguf"
         raise ModelError(f"{path}: key {KEY_SPLIT_COUNT!r}: {n_files} files: expected {expected}")
-    return [path.with_name(f"{named[1]}-{i + 1:05}-of-{named[2]}.gguf") for i in range(n_files)]
+    return [
+        path.with_name(f"{named[1]}-{i + 1:05}-of-{named[2]}{named[3]}") for i in range(n_files)
+    ]
 
 
 def _check_number(file: GgufFile, number: int, n_files: int) -> None:
@@ -267,7 +273,7 @@ class _Reader(GgufCursor):
     def _read_counts(self) -> tuple[int, int, int]:
         magic = self.take(4)
         if magic != MAGIC:
-            self.refuse("magic 'GGUF'", repr(magic.decode("latin-1")))
+            self._refuse_magic(magic)
         version = self.number("I")
         if version not in (2, 3):
             big_endian = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
@@ -276,6 +282,17 @@ class _Reader(GgufCursor):
         self.check_count("tensors", n_tensors, _MIN_TENSOR_BYTES)
         self.check_count("keys", n_keys, _MIN_KEY_BYTES)
         return version, n_tensors, n_keys
+
+    def _refuse_magic(self, magic: bytes) -> NoReturn:
+        rest = min(HEAD_BYTES, self.file_bytes) - len(magic)
+        found = look_alike(magic + self.take(max(0, rest)), str(self.path))
+        if found is None:
+            self.refuse("magic 'GGUF'", repr(magic.decode("latin-1")))
+        raise ModelError(
+            f"{self.path}: {self.where}: expected a GGUF file, found {found.what}",
+            facts=found.facts,
+            tries=found.tries,
+        )
 
     def _read_metadata(self, n_keys: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
@@ -286,8 +303,11 @@ class _Reader(GgufCursor):
             if key in metadata:
                 self.refuse("each key once", "it a second time")
             type_id = self.number("I")
-            if key == KEY_ALIGNMENT and type_id != UINT32:
-                self.refuse(f"type {UINT32} (u32)", f"type {type_id}")
+            # The engine's process ends on another type of these two.
+            needed = _NEEDED_TYPES.get(key, type_id)
+            if type_id != needed:
+                name = "u32" if needed == UINT32 else "u16"
+                self.refuse(f"type {needed} ({name})", f"type {type_id}")
             metadata[key] = self.array() if type_id == ARRAY else self.value(type_id)
         return metadata
 

@@ -12,6 +12,7 @@ from nanorun.model.arch import (
     LayerKind,
 )
 from nanorun.model.gguf import GgufFile
+from nanorun.model.loadable import check_loadable
 
 T = TypeVar("T", int, float, bool)
 KEY_PATTERN = "nanorun.layer_pattern"
@@ -29,6 +30,7 @@ def arch_from_gguf(gguf: GgufFile) -> HybridArch:
             f"{gguf.path}: not a Nemotron-H model: general.architecture is {gguf.architecture!r}",
             facts=[f"nanorun runs {' and '.join(ARCHITECTURES)}"],
         )
+    check_loadable(gguf)
     arch = _ArchKeys(gguf).read()
     try:
         arch.validate()
@@ -99,8 +101,9 @@ class _ArchKeys:
             n_latent=self._int("moe_latent_size", 0),
             expert_weights_scale=self._float("expert_weights_scale", 1.0),
             expert_weights_norm=self._find("expert_weights_norm", bool, False),
-            n_expert_group=self._int("expert_group_count", 1),
-            n_expert_group_used=self._int("expert_group_used_count", 1),
+            # None and 0 are one group, for the engine as well.
+            n_expert_group=self._int("expert_group_count", 1) or 1,
+            n_expert_group_used=self._int("expert_group_used_count", 1) or 1,
             n_layer_nextn=self.n_layer_nextn,
             tied_embeddings="output.weight" not in self.gguf.tensors,
             n_ff_exp_per_layer=n_ff_exp_per_layer,

@@ -12,15 +12,15 @@ from typing import Any, NoReturn, Protocol
 
 from nanorun.errors import ModelError
 
-# Far above real files (131072 tokens, 270000 merges, 11 MB headers), low enough to stay harmless
-# when a 60 GB file claims that all of it is one string.
-MAX_STRING_BYTES = 16 * 2**20
+# Above real files (131072 tokens, 270000 merges, a tokenizer.json of 17 MB, 28 MB headers), low
+# enough to stay harmless when a 60 GB file claims that all of it is one string.
+MAX_STRING_BYTES = 32 * 2**20
 MAX_ARRAY_ELEMENTS = 8 * 2**20
 MAX_HEADER_BYTES = 64 * 2**20
 
 _READ_AHEAD_BYTES = 2**20
 
-UINT32, STRING, ARRAY, BOOL = 4, 8, 9, 7
+UINT16, UINT32, STRING, ARRAY, BOOL = 2, 4, 8, 9, 7
 """Types of values; the others are numbers."""
 _NUMBER_FORMATS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d",

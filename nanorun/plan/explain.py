@@ -134,6 +134,7 @@ def _limits(plan: Plan) -> list[str]:
     if hardware.is_unified:
         lines.append("CPU and accelerator share one memory, which is counted once")
     lines += [f"{gpu.description} is not used: see `nanorun doctor`" for gpu in hardware.unusable]
+    lines += [f"{fault}: see `nanorun doctor`" for fault in hardware.faults if fault.costs_gpu]
     return lines
 
 

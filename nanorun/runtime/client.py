@@ -225,6 +225,10 @@ class EngineClient:
                         case Progress(values=values) if progress is not None:
                             progress(*values)
                 return answer
+        except asyncio.CancelledError:
+            with contextlib.suppress(EngineDied):
+                await child.send(Cancel(request.id))
+            raise
         finally:
             self.rest()
 

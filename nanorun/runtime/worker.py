@@ -13,16 +13,18 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
-from nanorun.model.chat import Event, Finished, ModelInfo
+from nanorun.model.chat import Event, Finished, ModelInfo, Notice
+from nanorun.runtime.beside import Beside, Done, Job
+from nanorun.runtime.engine import request as engine_request
 from nanorun.runtime.engine.engine import Engine
-from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn
-from nanorun.runtime.engine.request import compile_form, needs_form, prepare_request
+from nanorun.runtime.engine.forms import FREE, compile_form, needs_form
+from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn, prepare_readings
+from nanorun.runtime.engine.request import SHORT_CHARS, is_short, prepare_request
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.measure.perplexity import score_text
 from nanorun.runtime.process import wire
@@ -52,7 +54,6 @@ from nanorun.runtime.process.frames import (
     Tokens,
 )
 from nanorun.runtime.process.wire import MalformedFrame
-from nanorun.runtime.reply.constraint import Form
 
 log = logging.getLogger(__name__)
 
@@ -67,16 +68,11 @@ _FLUSH_EVERY_S = 0.004
 
 
 @dataclass(frozen=True, slots=True)
-class Compiled:
-    """A request that waited for its grammar."""
+class Prepared:
+    """What the engine is asked for, and what its reader should know of it."""
 
-    request: Generate
-    outcome: Form | NanorunError | None
-
-    @property
-    def id(self) -> str:
-        """The request's."""
-        return self.request.id
+    request: engine_request.Request
+    notices: tuple[str, ...]
 
 
 class Worker:
@@ -85,13 +81,11 @@ class Worker:
     def __init__(self, source: BinaryIO, sink: BinaryIO) -> None:
         self._source = source
         self._sink = sink
-        self._inbox: queue.SimpleQueue[Request | Compiled] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Request | Done[Request]] = queue.SimpleQueue()
         self._engine: Engine | None = None
         self._turns: dict[str, Turn] = {}
         self._ahead = ReadingAhead()
-        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="compiler")
-        self._compiling: set[str] = set()
-        """Requests whose grammar is not compiled yet."""
+        self._beside: Beside[Request] = Beside(self._inbox.put)
         self._sink_lock = threading.Lock()
         self._outbox = bytearray()
         self._gathering = False
@@ -118,6 +112,7 @@ class Worker:
         with contextlib.suppress(NanorunError):
             self._engine.model.warm_up()
         self._serve(self._engine)
+        self._beside.close()
         # Not after a failure: what was evaluated may differ from what the tree noted, and no such
         # state may be saved.
         self._engine.close()
@@ -132,8 +127,6 @@ class Worker:
         while True:
             while not engine.busy or not self._inbox.empty():
                 request = self._next_request(engine)
-                if request is None:
-                    break
                 if isinstance(request, Close):
                     return
                 self._handle(engine, request)
@@ -147,16 +140,12 @@ class Worker:
                 for request_id, output in outputs:
                     self._deliver(engine, request_id, output)
 
-    def _next_request(self, engine: Engine) -> Request | Compiled | None:
-        """Wait for a request, and use the time that it takes to come.
-
-        Returns:
-            The request, or None if there is something to read ahead before it.
-        """
+    def _next_request(self, engine: Engine) -> Request | Done[Request]:
+        """Wait for a request, or for what is done beside; use the time that it takes to come."""
         with contextlib.suppress(queue.Empty):
             return self._inbox.get(timeout=_READ_AHEAD_AFTER_S)
         if self._read_ahead(engine):
-            return None
+            return self._inbox.get()
         with contextlib.suppress(queue.Empty):
             return self._inbox.get(timeout=_SAVE_AFTER_S - _READ_AHEAD_AFTER_S)
         while engine.save_one():
@@ -181,11 +170,23 @@ class Worker:
 
     def _read_ahead(self, engine: Engine) -> bool:
         """Begin to read what is known of a conversation's next turn; whether there is any."""
-        while not engine.busy and (requests := self._ahead.next(engine.model)) is not None:
+        found = self._ahead.next()
+        if found is None:
+            return False
+        request_id, turn = found
+
+        def prepare(job: Job[Request]) -> list[engine_request.Request]:
+            return prepare_readings(request_id, engine.model, turn, job.check)
+
+        def read(requests: list[engine_request.Request]) -> None:
             for request in requests:
                 with contextlib.suppress(NanorunError):  # nobody asked for it, so nobody is told
                     engine.submit(request)
-        return engine.busy
+            if not engine.busy:
+                self._read_ahead(engine)
+
+        self._beside.begin("preparing", Job(request_id), prepare, read)
+        return True
 
     def _listen(self) -> None:
         """Reader thread: signs of life and cancellations do not wait for the end of a batch."""
@@ -208,7 +209,7 @@ class Worker:
             self._engine.cancel_all()  # a long batch would take the time to save
         self._inbox.put(request)
 
-    def _handle(self, engine: Engine, request: Request | Compiled) -> None:
+    def _handle(self, engine: Engine, request: Request | Done[Request]) -> None:
         try:
             self._answer(engine, request)
         except NanorunError as error:
@@ -218,24 +219,24 @@ class Worker:
             log.exception("%s failed", name)
             self._send(Failed(request.id, EngineError(f"the engine failed at {name}: {error!r}")))
 
-    def _answer(self, engine: Engine, request: Request | Compiled) -> None:
+    def _answer(self, engine: Engine, request: Request | Done[Request]) -> None:
         match request:
-            case Generate() if needs_form(request.options):
-                self._compile(engine, request)
             case Generate():
-                self._generate(engine, request, None)
-            case Compiled():
-                self._take_compiled(engine, request)
+                self._prepare(engine, request)
+            case Done():
+                self._beside.take(request)
             case Cancel():
-                self._compiling.discard(request.id)
+                if self._beside.cancel(request.id):
+                    self._send(Said(request.id, Finished("cancelled")))
                 engine.cancel(request.id)
+            case FinishThinking() | SetBudget() if job := self._beside.find(request.id):
+                job.controls.append(request)
             case FinishThinking():
                 engine.finish_thinking(request.id)
             case SetBudget():
                 engine.set_budget(request.id, request.n_tokens)
             case Tokenize():
-                tokens = engine.model.tokenize(request.text, special=request.special)
-                self._send(Tokens(request.id, tuple(tokens)))
+                self._tokenize(engine, request)
             case Stats():
                 self._send(Statistics(request.id, engine.stats()))
             case Score():
@@ -243,43 +244,58 @@ class Worker:
             case _:
                 raise EngineError(f"the engine has a model open and is asked to {request}")
 
-    def _generate(self, engine: Engine, asked: Generate, form: Form | None) -> None:
+    def _prepare(self, engine: Engine, asked: Generate) -> None:
+        """Make the request that the engine takes; beside it, if that may take long."""
         messages, options = list(asked.messages), asked.options
-        engine.submit(prepare_request(asked.id, engine.model, messages, options, form))
-        self._ahead.interrupt(messages)
-        self._turns[asked.id] = Turn(messages, options)
 
-    def _compile(self, engine: Engine, request: Generate) -> None:
-        """Compile a grammar in another thread; the request comes back with it."""
+        def prepare(job: Job[Request]) -> Prepared:
+            form = compile_form(engine.model, options) if needs_form(options) else FREE
+            request = prepare_request(
+                asked.id, engine.model, messages, options, form.form, job.check
+            )
+            return Prepared(request, form.notices)
 
-        def compile_it() -> None:
-            outcome: Form | NanorunError | None
-            try:
-                outcome = compile_form(engine.model, request.options)
-            except NanorunError as error:
-                outcome = error
-            except Exception as error:  # nobody else would say so, and the request would wait
-                outcome = EngineError(f"the grammar could not be compiled: {error!r}")
-            self._inbox.put(Compiled(request, outcome))
+        def submit(prepared: Prepared) -> None:
+            for notice in prepared.notices:
+                self._send(Said(asked.id, Notice(notice)))
+            engine.submit(prepared.request)
+            if (reading := self._ahead.interrupt(messages)) is not None:
+                self._beside.cancel(reading)
+            self._turns[asked.id] = Turn(messages, options)
+            for control in job.controls:
+                self._answer(engine, control)
 
-        self._compiling.add(request.id)
-        self._compiler.submit(compile_it)
+        job: Job[Request] = Job(asked.id)
+        if is_short(messages, options) and not needs_form(options):
+            submit(prepare(job))  # sooner than another thread would wake up
+        else:
+            self._beside.begin("preparing", job, prepare, submit)
 
-    def _take_compiled(self, engine: Engine, compiled: Compiled) -> None:
-        if compiled.id not in self._compiling:  # cancelled meanwhile
-            self._send(Said(compiled.id, Finished("cancelled")))
-            return
-        self._compiling.discard(compiled.id)
-        if isinstance(compiled.outcome, NanorunError):
-            raise compiled.outcome
-        self._generate(engine, compiled.request, compiled.outcome)
+    def _tokenize(self, engine: Engine, asked: Tokenize) -> None:
+        def tokenize(job: Job[Request]) -> Tokens:
+            tokens: list[int] = []
+            for part in engine.model.tokenizer.parts(asked.text):
+                job.check()
+                tokens += engine.model.tokenize(part, special=asked.special)
+            return Tokens(asked.id, tuple(tokens))
+
+        job: Job[Request] = Job(asked.id)
+        if len(asked.text) <= SHORT_CHARS:
+            self._send(tokenize(job))
+        else:
+            self._beside.begin("preparing", job, tokenize, self._send)
 
     def _score(self, engine: Engine, request: Score) -> None:
-        def progress(n_done: int, n_total: int) -> None:
-            self._send(Progress(request.id, (n_done, n_total)))
+        def score(job: Job[Request]) -> Scored:
+            def progress(n_done: int, n_total: int) -> None:
+                self._send(Progress(request.id, (n_done, n_total)))
 
-        result = score_text(engine.model, engine.options, request.text, request.n_ctx, progress)
-        self._send(Scored(request.id, result.n_tokens, result.ppl))
+            result = score_text(
+                engine.model, engine.options, request.text, request.n_ctx, progress, job.check
+            )
+            return Scored(request.id, result.n_tokens, result.ppl)
+
+        self._beside.begin("scoring", Job(request.id), score, self._send)
 
     def _send(self, answer: Answer) -> None:
         frame = ANSWERS.encode(answer)

@@ -15,6 +15,7 @@ from textual.theme import Theme
 from nanorun.model.chat import GenerateOptions
 from nanorun.tui.commands import COMMANDS
 from nanorun.tui.screens.chat import ChatScreen
+from nanorun.tui.signals import leaving_on_signals
 
 if TYPE_CHECKING:
     from nanorun.runtime.protocol import Client
@@ -70,6 +71,15 @@ class NanorunApp(App[None]):
         self._options = options or GenerateOptions()
         self._endpoint = endpoint
         self._memory = memory
+
+    async def run_async(self, **options: Any) -> None:
+        """Run until the person, or a signal that ends processes, says to leave.
+
+        Args:
+            options: As `App.run_async` takes them.
+        """
+        with leaving_on_signals(lambda code: self.exit(return_code=code)):
+            await super().run_async(**options)
 
     def on_mount(self) -> None:
         """Dress the app."""

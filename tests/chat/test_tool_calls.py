@@ -92,38 +92,23 @@ SLIPS: dict[str, tuple[str, Read]] = {
     "as it should be": (HEAD + CITY + DAYS + TAIL, [TWO_DAYS]),
     "no parameters": ("<tool_call>\n<function=get_weather>\n" + TAIL, [weather("city missing")]),
     "no line breaks": (HEAD.replace("\n", "") + CITY.replace("\n", "") + TAIL, [PARIS]),
-    "carriage returns": ((HEAD + CITY + TAIL).replace("\n", "\r\n"), [PARIS]),
     "blank lines": (HEAD.replace("\n", "\n\n") + CITY + "\n\n" + TAIL, [PARIS]),
     "no break after a value": (HEAD + "<parameter=city>\nParis</parameter>\n" + TAIL, [PARIS]),
     "no break before a value": (HEAD + "<parameter=city>Paris\n</parameter>\n" + TAIL, [PARIS]),
     "spaces in tags": (HEAD.replace("r>", "r >") + CITY.replace("y>", "y >") + TAIL, [PARIS]),
-    "quoted names": (HEAD.replace("get_weather", '"get_weather"') + CITY + TAIL, [PARIS]),
-    "name attributes": (
-        HEAD.replace("=", ' name="').replace("er>", 'er">')
-        + CITY.replace("=city", " name='city'")
-        + TAIL,
-        [PARIS],
-    ),
     "lost brackets": (
-        (HEAD + CITY).replace("er>\n", "er\n").replace("y>\n", "y\n") + TAIL,
+        (HEAD + CITY).replace("weather>", "weather").replace("=city>", "=city") + TAIL,
         [PARIS],
     ),
     "name in other case": (HEAD.replace("get_w", "Get_W") + CITY + TAIL, [PARIS]),
     "no </parameter>": (HEAD + "<parameter=city>\nParis\n" + DAYS + TAIL, [TWO_DAYS]),
     "no last </parameter>": (HEAD + "<parameter=city>\nParis\n" + TAIL, [PARIS]),
-    "half a </parameter>": (HEAD + CITY.replace("</parameter>", "</parameter") + TAIL, [PARIS]),
-    "doubled </parameter>": (HEAD + CITY + "</parameter>\n" + TAIL, [PARIS]),
     "no </function>": (HEAD + CITY + "</tool_call>", [PARIS]),
     "no closing tag but the last": (HEAD + "<parameter=city>\nParis\n</tool_call>", [PARIS]),
     "one line without closing tags": (HEAD + "<parameter=city>Paris</tool_call>", [PARIS]),
     "one line, no closing tags between": (
         HEAD + "<parameter=city>Paris<parameter=days>3" + TAIL,
         [TWO_DAYS],
-    ),
-    "value open before a function": (
-        HEAD + "<parameter=city>\nParis\n</function>\n<function=calc>\n"
-        "<parameter=expression>1" + CALC_TAIL,
-        [PARIS, ONE],
     ),
     "no </tool_call>": (HEAD + CITY + "</function>", [PARIS]),
     "no </tool_call> before text": (HEAD + CITY + "</function>\nDone.", [PARIS, "Done."]),
@@ -132,10 +117,6 @@ SLIPS: dict[str, tuple[str, Read]] = {
         [PARIS, ONE],
     ),
     "nothing closed before a call": (HEAD + CITY + CALC_HEAD + "1" + CALC_TAIL, [PARIS, ONE]),
-    "value open before a call": (
-        HEAD + "<parameter=city>\nParis\n" + CALC_HEAD + "1" + CALC_TAIL,
-        [PARIS, ONE],
-    ),
     "text before </tool_call>": (
         HEAD + CITY + "</function>\nDone.</tool_call>!",
         [PARIS, "Done.!"],
@@ -154,7 +135,6 @@ SLIPS: dict[str, tuple[str, Read]] = {
         "<tool_call>\n" + HEAD + CITY + TAIL + "\n</tool_call>\nHi",
         [PARIS, "Hi"],
     ),
-    "doubled </function>": (HEAD + CITY + "</function>\n" + TAIL + "Hi", [PARIS, "Hi"]),
     "no <tool_call>": ((HEAD + CITY + TAIL).removeprefix("<tool_call>\n") + "\nHi", [PARIS, "Hi"]),
     "two calls": (HEAD + CITY + TAIL + "\n" + CALC_HEAD + "1" + CALC_TAIL, [PARIS, ONE]),
     "two functions in a call": (
@@ -200,27 +180,27 @@ SLIPS: dict[str, tuple[str, Read]] = {
         CALC_HEAD + "<think>\n</think>" + CALC_TAIL,
         [calc("<think>\n</think>")],
     ),
+    "value with a whole call in a line": (
+        CALC_HEAD
+        + "f('<function=calc><parameter=expression>1</parameter></function></tool_call>')"
+        + CALC_TAIL,
+        [calc("f('<function=calc><parameter=expression>1</parameter></function></tool_call>')")],
+    ),
+    "value with </parameter> on a line of its own": (
+        CALC_HEAD + "<a>\n</parameter>\n</a>" + CALC_TAIL,
+        [calc("<a>\n</parameter>\n</a>")],
+    ),
     "value of several lines": (CALC_HEAD + "\n  a\n\n" + CALC_TAIL, [calc("\n  a\n\n")]),
     "value of JSON": (CALC_HEAD + '{"name": "x"}' + CALC_TAIL, [calc('{"name": "x"}')]),
     # the JSON form
     "JSON": (f"<tool_call>\n{JSON}\n</tool_call>", [PARIS]),
     "JSON in one line": (f"<tool_call>{JSON}</tool_call>!", [PARIS, "!"]),
-    "JSON in a fence": (f"<tool_call>\n```json\n{JSON}\n```\n</tool_call>", [PARIS]),
-    "JSON with a brace too many": (f"<tool_call>\n{JSON}}}\n</tool_call>!", [PARIS, "!"]),
-    "JSON with a brace too few": (f"<tool_call>\n{JSON[:-1]}\n</tool_call>!", [PARIS, "!"]),
     "JSON without </tool_call>": (f"<tool_call>\n{JSON}", [PARIS]),
     "JSON list": (f"<tool_call>\n[{JSON}, {JSON}]\n</tool_call>", [PARIS, PARIS]),
-    "JSON lines": (f"<tool_call>\n{JSON}\n{JSON}\n</tool_call>", [PARIS, PARIS]),
     "JSON with arguments as text": (
         '<tool_call>{"name": "calc", "arguments": "{\\"expression\\": \\"1\\"}"}</tool_call>',
         [ONE],
     ),
-    "JSON in OpenAI's form": (
-        '<tool_call>{"type": "function", "function": '
-        '{"name": "calc", "arguments": {"expression": 1}}}</tool_call>',
-        [ONE],
-    ),
-    "JSON under the tool's name": ('<tool_call>{"calc": {"expression": "1"}}</tool_call>', [ONE]),
     "JSON with parameters": (
         '<tool_call>{"name": "calc", "parameters": {"expression": "1"}}</tool_call>',
         [ONE],
@@ -232,17 +212,6 @@ SLIPS: dict[str, tuple[str, Read]] = {
     "JSON with a tag in a string": (
         '<tool_call>{"name": "calc", "arguments": {"expression": "</tool_call>"}}</tool_call>',
         [calc("</tool_call>")],
-    ),
-    "JSON without arguments": ('<tool_call>{"name": "calc", "expression": 1}</tool_call>', [ONE]),
-    "JSON in an open function tag": (
-        '<tool_call>\n<function=calc{"expression": "1"}\n' + TAIL,
-        [ONE],
-    ),
-    "JSON after the name": ('<tool_call>\ncalc\n{"expression": "1"}\n</tool_call>', [ONE]),
-    "JSON in parentheses": ('<tool_call>calc({"expression": "1"})</tool_call>', [ONE]),
-    "JSON for parameters": (
-        '<tool_call>\n<function=get_weather>\n{"city": "Paris", "days": "3"}\n' + TAIL,
-        [TWO_DAYS],
     ),
     # a call, and what is wrong with it
     "unknown tool": (
@@ -266,14 +235,6 @@ SLIPS: dict[str, tuple[str, Read]] = {
         HEAD + CITY + CITY.replace("Paris", "Rome") + TAIL,
         [weather("city is given twice, first as 'Paris'", city="Rome")],
     ),
-    "text between parameters": (
-        HEAD + CITY + "and so on\n" + DAYS + TAIL,
-        [weather("text outside the parameters:\nand so on", city="Paris", days=3)],
-    ),
-    "text between parameters in one line": (
-        HEAD + "<parameter=city>Paris</parameter> so <parameter=days>3</parameter>" + TAIL,
-        [weather("text outside the parameters:\nso", city="Paris", days=3)],
-    ),
     "tags for names": (
         HEAD + "<city>Paris</city>\n" + TAIL,
         [weather("city missing; text outside the parameters:\n<city>Paris</city>")],
@@ -282,7 +243,7 @@ SLIPS: dict[str, tuple[str, Read]] = {
     "cut off after a parameter": (HEAD + CITY, [weather(CUT_OFF, city="Paris")]),
     "cut off in the name": (
         "<tool_call>\n<function=get_wea",
-        [("get_wea", {}, f"no tool is called 'get_wea'; offered: get_weather, calc; {CUT_OFF}")],
+        [unusable("not a tool call:\n<function=get_wea")],
     ),
     "arguments that are no mapping": (
         '<tool_call>{"name": "calc", "arguments": [1]}</tool_call>',
@@ -445,6 +406,24 @@ def test_control_token_ends_a_call_whose_value_is_open() -> None:
         "print('</tool_call>') ",
         "1",
     ]
+
+
+def test_tags_in_values_are_text_where_the_call_began_with_a_token() -> None:
+    value = "<tool_call>\n</tool_call>\n</function>\n</tool_call>\n"
+    body = CALC_HEAD[11:] + value + CALC_TAIL.removesuffix("</tool_call>")
+    [event] = feed(("<tool_call>",), body, ("</tool_call>",), tools=[CALC])
+    assert (event.call.arguments, event.problem) == ({"expression": value}, None)
+    spoken = '\n{"name": "calc", "arguments": {"expression": "</tool_call>"}}\n'
+    [event] = feed(("<tool_call>",), spoken, ("</tool_call>",), tools=[CALC])
+    assert event.call.arguments == {"expression": "</tool_call>"}
+
+
+def test_last_parameter_may_be_open_where_the_call_began_with_a_token() -> None:
+    """Nemotron 3 Nano leaves the last `</parameter>` out at times."""
+    [event] = feed(
+        ("<tool_call>",), CALC_HEAD[11:] + "1\n</function>\n", ("</tool_call>",), tools=[CALC]
+    )
+    assert (event.call.arguments, event.problem) == ({"expression": "1"}, None)
 
 
 def test_control_token_is_text_of_nothing_it_does_not_fit() -> None:

@@ -67,7 +67,7 @@ def test_command_line_without_a_command_shows_help_on_stderr(nanorun: Run) -> No
         (
             ["run"],
             "nanorun: error: missing argument 'MODEL'\n"
-            "  usage: nanorun run [OPTIONS] [MODEL] [PROMPT]\n"
+            "  usage: nanorun run [OPTIONS] [MODEL] [PROMPT] [-]\n"
             "  try: nanorun run --help\n",
         ),
         (

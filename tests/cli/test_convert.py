@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,10 +17,11 @@ from nanorun.errors import ExitCode, UsageError
 from nanorun.model.gguf import read_gguf
 from tests.support.hub_server import REPOSITORY, serve_hub
 from tests.support.source_models import Tensors, write_source_model
+from tests.support.waiting import PATIENCE_S
 
 KEYS = {
     "path", "bytes", "n_tensors", "n_params", "bpw", "recipe", "types", "padding", "seconds",
-    "peak_rss_bytes", "resumed",
+    "peak_rss_bytes", "resumed", "notes",
 }  # fmt: skip
 
 
@@ -30,7 +32,7 @@ def source(tmp_path: Path) -> Path:
 
 def nanorun(*args: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nanorun", "convert", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def test_conversion_prints_what_each_role_became_and_why(source: Path, tmp_path: Path) -> None:
@@ -55,6 +57,39 @@ def test_json_is_one_object_with_the_keys_of_the_contract(source: Path, tmp_path
     assert result["bytes"] == (tmp_path / "model.gguf").stat().st_size
     assert result["types"]["q8_0"] > 10
     assert result["resumed"] is False
+    assert result["notes"] == []
+
+
+def test_field_that_nobody_understands_can_be_passed_over_and_is_written_down(
+    tmp_path: Path,
+) -> None:
+    source = write_source_model(tmp_path / "source", config={"new_norm": "deep", "z_loss": 0.5})
+    refused = nanorun(source, "--recipe", "bf16", "--out", "a.gguf", cwd=tmp_path)
+    assert refused.returncode == ExitCode.MODEL
+    assert "config.json: new_norm: this field is not understood" in refused.stderr
+    command = shlex.split(refused.stderr.rpartition("try: ")[2])
+    assert command[:2] == ["nanorun", "convert"]
+    made = nanorun(*command[2:], "--json", cwd=tmp_path)
+    note = f"{source / 'config.json'}: z_loss=0.5: passed over, as --ignore-field says"
+    assert f"nanorun: {note}\n" in made.stderr
+    assert note in json.loads(made.stdout)["notes"]
+    written = read_gguf(tmp_path / "a.gguf").metadata["nanorun.ignored_fields"]
+    assert written == ['new_norm="deep"', "z_loss=0.5"]
+    again = nanorun("a.gguf", "--out", "b.gguf", cwd=tmp_path)
+    assert again.returncode == ExitCode.OK, again.stderr
+    assert read_gguf(tmp_path / "b.gguf").metadata["nanorun.ignored_fields"] == written
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("no_such_field", "there is no such field"), ("hidden_size", "this field is understood")],
+)
+def test_only_a_field_that_is_not_understood_can_be_passed_over(
+    name: str, reason: str, source: Path, tmp_path: Path
+) -> None:
+    refused = nanorun(source, "--ignore-field", name, cwd=tmp_path)
+    assert refused.returncode == ExitCode.USAGE
+    assert f"--ignore-field {name}: {reason}" in refused.stderr
 
 
 def test_dry_run_writes_nothing_and_names_the_exact_size(source: Path, tmp_path: Path) -> None:
@@ -168,7 +203,7 @@ def test_ctrl_c_on_a_terminal_is_exit_code_130_and_can_be_gone_on_from(tmp_path:
         process.send_signal(signal.SIGINT)
         while chunk := read_terminal(terminal):
             shown += chunk
-        stdout, _ = process.communicate(timeout=30)
+        stdout, _ = process.communicate(timeout=PATIENCE_S)
     os.close(terminal)
     assert process.returncode == ExitCode.INTERRUPTED
     assert b"stopped; source-iq4_nl.gguf was not written" in shown
@@ -218,7 +253,7 @@ def test_repository_on_the_hub_is_a_source_by_name(tmp_path: Path) -> None:
         environment = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0"}
         command = [sys.executable, "-m", "nanorun", "convert", f"{REPOSITORY}@main", "--json"]
         run = subprocess.run(
-            command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=60,
+            command, cwd=tmp_path / "work", capture_output=True, text=True, timeout=PATIENCE_S,
             env={**os.environ, **environment},
         )  # fmt: skip
     assert run.stderr == ""

@@ -9,8 +9,9 @@ import pytest
 from nanorun.cli.app import invoke
 from nanorun.cli.commands import doctor
 from nanorun.errors import EngineDied
-from nanorun.plan.machine.hardware import Hardware, read_profile
+from nanorun.plan.machine.hardware import Hardware, detect_hardware, read_profile
 from tests.plan.profiles import profile
+from tests.support.fake_nvml import GPU_IS_LOST, FakeNvml, NVMLError
 
 
 def detected(monkeypatch: pytest.MonkeyPatch, machine: Hardware) -> None:
@@ -86,3 +87,31 @@ def test_profile_that_doctor_prints_can_be_planned_for(
     path = tmp_path / "spark.json"
     path.write_text(json.dumps(shown["hardware"]))
     assert read_profile(path) == profile("dgx-spark")
+
+
+def test_doctor_names_what_the_driver_did_not_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvml = FakeNvml(2).install(monkeypatch)
+    nvml.fail("nvmlDeviceGetHandleByIndex", NVMLError(GPU_IS_LOST, "GPU is lost"), gpu=0)
+    nvml.fail("nvmlShutdown", NVMLError(1, "Uninitialized"))
+    monkeypatch.setattr("nanorun.plan.machine.hardware.engine_has_backend", lambda name: True)
+    detected(monkeypatch, replace(detect_hardware(), disk_free_bytes=0))
+    assert invoke(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "CUDA0      NVIDIA GeForce RTX 4090 #1, 23.0 GiB free of 24.0 GiB" in out
+    assert "problem: NVIDIA's driver failed in nvmlDeviceGetHandleByIndex of GPU 0" in out
+    assert "  try: nvidia-smi\n" in out
+    assert "note: NVIDIA's driver failed in nvmlShutdown (Uninitialized): nothing is lost" in out
+
+
+def test_harmless_failure_of_the_driver_is_no_problem(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FakeNvml().install(monkeypatch).fail("nvmlShutdown", NVMLError(1))
+    monkeypatch.setattr("nanorun.plan.machine.hardware.engine_has_backend", lambda name: True)
+    detected(monkeypatch, replace(detect_hardware(), disk_free_bytes=0))
+    assert invoke(["doctor", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["problems"] == []
+    assert len(shown["notes"]) == 1

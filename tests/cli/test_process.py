@@ -197,3 +197,100 @@ def test_terminal_is_not_steered_by_the_model() -> None:
     assert "red [31malert0m\tend\n" in seen
     assert "\x1b]" not in seen
     assert "\x9b" not in seen
+
+
+def shell(script: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a shell script in which `nanorun` answers with the question."""
+    function = f'nanorun() {{ "{sys.executable}" "{FAKE}" echo "$@"; }}\n'
+    return subprocess.run(
+        ["bash", "-c", function + script], stdin=subprocess.DEVNULL, capture_output=True,
+        timeout=120, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+STANDARD_INPUTS = {
+    "pipe": ("printf '1\\n2\\n' | nanorun run pico sum", b"sum||1|2\n"),
+    "slow pipe": ("(sleep 1; echo 1; sleep 1; echo 2) | nanorun run pico sum", b"sum||1|2\n"),
+    "empty pipe": (": | nanorun run pico sum", b"sum\n"),
+    "file": ("nanorun run pico sum < list", b"sum||a|b|c\n"),
+    "device": ("nanorun run pico sum < /dev/null", b"sum\n"),
+    "closed": ("nanorun run pico sum <&-", b"sum\n"),
+    "no prompt": ("nanorun run pico < list", b"a|b|c\n"),
+    "dash": ("nanorun run pico - < list", b"a|b|c\n"),
+    "dash below": ("nanorun run pico sum - < list", b"sum||a|b|c\n"),
+    "dash waits": ("(sleep 7; echo 1) | nanorun run pico sum -", b"sum||1\n"),
+    "chain": ("nanorun run pico a | nanorun run pico b -", b"b||a\n"),
+    "loop": ("while read q; do nanorun run pico $q; done < list", b"a\nb\nc\n"),
+    "loop with dash": (
+        "while read q; do nanorun run pico $q -; done < list", b"a||b|c\n"
+    ),
+    "loop over a pipe": (
+        "cat list | while read q; do nanorun run pico $q < /dev/null; done", b"a\nb\nc\n"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STANDARD_INPUTS)
+def test_standard_input_is_read_when_it_is_meant(tmp_path: Path, case: str) -> None:
+    script, answer = STANDARD_INPUTS[case]
+    (tmp_path / "list").write_text("a\nb\nc\n")
+    assert shell(f"cd {tmp_path}; {script}").stdout == answer
+
+
+def test_pipe_that_brings_nothing_is_left_alone_with_a_word() -> None:
+    ours, theirs = os.pipe()  # never written to, never closed
+    try:
+        with process("echo", "run", "pico", "2+3?", stdin=ours) as running:
+            out, err = running.communicate(timeout=60)
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert (running.returncode, out) == (0, b"2+3?\n")
+    assert err.startswith(b"nanorun: standard input brought nothing in 5 s and is left alone")
+
+
+def test_pipe_that_does_not_end_is_waited_for_with_a_word() -> None:
+    with process("echo", "run", "pico", "sum", stdin=subprocess.PIPE) as running:
+        assert running.stdin is not None
+        running.stdin.write(b"1")
+        running.stdin.flush()
+        assert read_until(running.stderr, b"\n") == (
+            b"nanorun: waiting for the end of standard input\n"
+        )
+        out, _ = running.communicate(b"2", timeout=60)
+    assert (running.returncode, out) == (0, b"sum||12\n")
+
+
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("flags", ["", "--json"])
+def test_texts_are_utf8_where_the_locale_says_nothing(flags: str) -> None:
+    done = shell(f"nanorun run pico 'say “é”' --system 'ü' {flags}", **C_LOCALE)
+    assert (done.returncode, done.stderr) == (0, b"")
+    answer = json.loads(done.stdout)["answer"] if flags else done.stdout.decode()
+    assert answer.strip() == "say “é”"
+
+
+def test_text_that_is_not_utf8_is_refused_in_any_locale() -> None:
+    for environment in (C_LOCALE, {}):
+        done = shell("nanorun run pico $'caf\\xe9'", **environment)
+        assert done.returncode == 2
+        assert done.stderr == b"nanorun: error: the prompt is not UTF-8 text\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("args", ["--help", "run --help", "--version", "doctor --help"])
+@pytest.mark.parametrize(
+    ("where", "reason"), [(">/dev/full", "no space left on device"), (">&-", "it is closed")]
+)
+def test_help_that_cannot_be_written_is_told_once(args: str, where: str, reason: str) -> None:
+    done = shell(f"nanorun {args} {where}")
+    error = f"nanorun: error: standard output cannot be written: {reason}\n"
+    assert (done.returncode, done.stderr.decode()) == (1, error)
+
+
+def test_answer_that_nobody_can_get_is_not_called_a_success() -> None:
+    done = shell("nanorun run pico 1+1 >&-")
+    assert done.returncode == 1
+    assert done.stderr == (b"nanorun: error: standard output cannot be written: it is closed\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from tests.model.known_archs import TINY_MOE
 from tests.plan.profiles import FOLDER
 from tests.support.builders import arch_tensors, gguf_metadata, write_gguf
 from tests.support.hub_server import REPOSITORY, FakeHub, serve_hub
+from tests.support.waiting import little_work
 
 
 @pytest.fixture
@@ -109,8 +109,8 @@ def test_folder_of_that_name_wins(
 def test_plan_of_a_remote_header_takes_little_time(
     hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    started = time.monotonic()
     machine = str(FOLDER / "rtx-4090.json")
-    assert invoke(["plan", f"{REPOSITORY}/tiny.gguf", "--n-ctx", "4k", "--hardware", machine]) == 0
-    assert time.monotonic() - started < 3
+    with little_work(cpu_s=10):
+        code = invoke(["plan", f"{REPOSITORY}/tiny.gguf", "--n-ctx", "4k", "--hardware", machine])
+    assert code == 0
     assert capsys.readouterr().out.startswith(f"{REPOSITORY}/tiny.gguf on ")

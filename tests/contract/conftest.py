@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.client import EngineClient
 from nanorun.runtime.protocol import Client
 from nanorun.runtime.remote import RemoteClient
+from tests.support.waiting import PATIENCE_S, wait_until
 
 N_CTX = 4096
 PEER = """
@@ -48,16 +48,15 @@ class Server:
         self._process = subprocess.Popen(
             self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            assert self._process.poll() is None, f"the server ended: {self._command}"
-            try:
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError(f"the server did not start: {self._command}")
+        wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        assert self._process is not None
+        assert self._process.poll() is None, f"the server ended: {self._command}"
+        try:
+            return httpx.get(f"{self.url}/health", timeout=PATIENCE_S).status_code == 200
+        except httpx.TransportError:
+            return False
 
     def kill(self) -> None:
         """End it without a word; nanorun's engine goes with it."""

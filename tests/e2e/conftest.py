@@ -18,6 +18,7 @@ from nanorun.server.app import create_app
 from nanorun.server.listen import bind, serve, url_of
 from nanorun.server.settings import ServerSettings
 from tests.support.fakes import FakeClient
+from tests.support.waiting import PATIENCE_S
 
 FAKE = Path(__file__).parent.parent / "support" / "fake_nanorun.py"
 
@@ -50,10 +51,10 @@ def _listening(client: FakeClient, settings: ServerSettings) -> Iterator[Live]:
 
     def stop() -> None:
         servers[0].should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
-    assert ready.wait(20)
+    assert ready.wait(PATIENCE_S)
     try:
         yield Live(client, url, stop)
     finally:

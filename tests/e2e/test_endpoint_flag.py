@@ -15,6 +15,7 @@ from nanorun.model.think import Think
 from nanorun.runtime.remote import RemoteClient
 from tests.e2e.conftest import Live
 from tests.support.fakes import reply
+from tests.support.waiting import PATIENCE_S
 
 Start = Callable[..., Live]
 
@@ -23,7 +24,12 @@ def nanorun(*args: str, key: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nanorun", *args]
     env = {**os.environ, "NANORUN_API_KEY": key}
     return subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=env, timeout=60
+        command,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=env,
+        timeout=PATIENCE_S,
     )
 
 

@@ -14,6 +14,7 @@ from nanorun.model.chat import PrefillProgress, TextDelta, ToolCall
 from nanorun.model.think import HIGH
 from tests.e2e.conftest import Live
 from tests.support.fakes import reply
+from tests.support.waiting import PATIENCE_S
 
 Start = Callable[..., Live]
 MESSAGES: Any = [{"role": "user", "content": "2+2?"}]
@@ -21,7 +22,7 @@ MESSAGES: Any = [{"role": "user", "content": "2+2?"}]
 
 @contextmanager
 def client_of(live: Live, key: str = "none") -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=live.url, api_key=key, max_retries=0, timeout=20) as client:
+    with openai.OpenAI(base_url=live.url, api_key=key, max_retries=0, timeout=PATIENCE_S) as client:
         yield client
 
 

@@ -12,6 +12,7 @@ from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.library.bundled import BUNDLED_MODELS, BundledFiles
 from nanorun.library.local import models_folder, resolve_model
 from nanorun_converters.options import ConvertOptions
+from tests.support.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ class Converter:
         assert options.out is not None
         options.out.write_text("half")
         if self.barrier is not None:
-            self.barrier.wait(timeout=30)
+            self.barrier.wait(timeout=PATIENCE_S)
         if self.error is not None:
             raise self.error
         if progress is not None:
@@ -193,3 +194,14 @@ def test_person_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.Monk
     monkeypatch.setenv("NANORUN_CACHE_DIR", "~/elsewhere")
     with pytest.raises(NanorunError, match="there is no home folder"):
         models_folder()
+
+
+def test_leftover_of_macos_is_no_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "._pico.gguf").write_bytes(b"")
+    (tmp_path / "pico.GGUF").write_bytes(b"")
+    with pytest.raises(ModelError) as caught:
+        resolve_model(str(tmp_path / "pic.gguf"))
+    assert caught.value.facts == ("nearest: pico.GGUF",)
+    with pytest.raises(ModelError) as caught:
+        resolve_model(str(tmp_path))
+    assert [command.rpartition("/")[2] for command in caught.value.tries] == ["pico.GGUF"]

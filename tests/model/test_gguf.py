@@ -151,7 +151,8 @@ def test_large_vocabulary_costs_three_calls_a_string(path: Path) -> None:
         (b"", "expected 4 bytes at byte 0, found a file of 0 bytes"),
         (b"GG", "expected 4 bytes at byte 0, found a file of 2 bytes"),
         (b"GGUF", "expected 4 bytes at byte 4"),
-        (b"PK\x03\x04" + bytes(40), r"expected magic 'GGUF', found 'PK\x03\x04'"),
+        (b"PK\x03\x04" + bytes(40), "expected a GGUF file, found a zip archive"),
+        (b"PKZ!" + bytes(40), "expected magic 'GGUF', found 'PKZ!'"),
         (b"GGUF" + bytes([0, 0, 0, 3]) + bytes(16), "found a big-endian file"),
     ],
 )

@@ -81,7 +81,10 @@ def test_vocabulary_may_be_a_number(tmp_path: Path) -> None:
         ({"attention.value_length": 16}, "expected 32 as key_length, found 16"),
         ({"ssm.group_count": 0}, "ssm_n_group: expected a positive number"),
         ({"nextn_predict_layers": 5}, "5 of them MTP"),
-        ({"expert_used_count": 100}, "n_expert_used of layer 1: expected 1 to 8, found 100"),
+        (
+            {"expert_used_count": 100},
+            "expert_used_count': expected at most expert_count 8, found 100",
+        ),
         ({"nanorun.layer_pattern": "MEMEM"}, "nanorun.layer_pattern': expected 'ME*EM'"),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 from nanorun.errors import NanorunError, SourceLostError, SourceUnreachableError, UsageError
 from nanorun.net.ranges import Http, Policy, RangeFile
 from tests.support.hub_server import TOKEN
+from tests.support.waiting import PATIENCE_S
 
 CONTENT = bytes(range(256)) * 4096
 
@@ -217,7 +218,7 @@ def test_reading_can_be_given_up_from_another_thread(server: Server) -> None:
             time.sleep(0.01)
         http.give_up()
         with pytest.raises(SourceUnreachableError) as caught:
-            reading.result(10)
+            reading.result(PATIENCE_S)
     assert caught.value.facts == ("it was given up",)
 
 

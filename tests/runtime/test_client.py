@@ -435,7 +435,7 @@ async def test_reply_cancelled_before_the_engine_is_ready_ends(client: EngineCli
 async def test_reply_cancelled_while_its_grammar_is_compiled_ends(
     client: EngineClient, run_instead: Callable[[str], None]
 ) -> None:
-    run_instead("worker.compile_constraint = lambda *args: time.sleep(1)")
+    run_instead("worker.compile_form = lambda *args: time.sleep(1)")
     generation = client.generate(SUM, GenerateOptions(grammar=Grammar("regex", "[0-9]+")))
     events = asyncio.create_task(collect(generation))
     await client.start()
@@ -443,6 +443,112 @@ async def test_reply_cancelled_while_its_grammar_is_compiled_ends(
     await generation.cancel()
     _, _, finished = await asyncio.wait_for(events, 10)
     assert finished.reason == "cancelled"
+
+
+_PREPARES_LONG_ONES_UNTIL_CANCELLED = """
+prepare = worker.prepare_request
+def prepare_slowly(*args):
+    while not worker.is_short(args[2], args[3]):
+        args[5]()
+        time.sleep(0.001)
+    return prepare(*args)
+worker.prepare_request = prepare_slowly
+"""
+_COMPILES_SLOWLY = """
+compile_form = worker.compile_form
+def compile_slowly(*args):
+    time.sleep(0.5)
+    return compile_form(*args)
+worker.compile_form = compile_slowly
+"""
+
+
+async def test_prompts_that_wait_for_their_preparing_hold_nobody_up(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    run_instead(_PREPARES_LONG_ONES_UNTIL_CANCELLED)
+    await client.start()
+    long = [Message("user", "1 + 1 " * 4000)]
+    waiting = [client.generate(long, GenerateOptions()) for _ in range(2)]
+    ends = [asyncio.create_task(collect(generation)) for generation in waiting]
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(ends[0]), 0.3)
+    _, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
+    assert answer == "5482"
+    for generation, end in zip(waiting, ends, strict=True):
+        await generation.cancel()
+        _, _, finished = await end
+        assert finished.reason == "cancelled"
+    waiting.append(client.generate(long, GenerateOptions()))
+    ends.append(asyncio.create_task(collect(waiting[-1])))
+    await client.stats()
+    await client.close()  # does not wait for it
+    with pytest.raises(EngineDied, match="closed"):
+        await ends[-1]
+
+
+async def test_budget_set_while_the_grammar_is_compiled_holds(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    run_instead(_COMPILES_SLOWLY)
+    await client.start()
+    options = GenerateOptions(think=MAX, grammar=Grammar("regex", "[0-9]+"))
+    generation = client.generate(SUM, options)
+    thinking = asyncio.create_task(collect(generation))
+    await client.stats()  # the engine has heard of the request
+    await generation.set_budget(0)
+    _, _, finished = await thinking
+    assert finished.usage.thinking_tokens < 8
+
+
+async def test_stream_goes_on_while_a_prompt_of_20_mb_is_prepared(client: EngineClient) -> None:
+    stream = client.generate(SUM, ENDLESS)
+    await until(stream, TextDelta)
+    book = "It was a bright cold day in April, and the clocks were striking 13.\n" * 300_000
+    assert len(book) > 20_000_000
+    refusal = asyncio.create_task(collect(client.generate([Message("user", book)], ENDLESS)))
+    n_before_refusal = 0
+    async for _ in stream:
+        if refusal.done():
+            break
+        n_before_refusal += 1
+    await stream.aclose()
+    with pytest.raises(ContextFull):
+        await refusal
+    assert n_before_refusal > 200
+
+
+async def test_stream_goes_on_while_a_text_is_scored(client: EngineClient) -> None:
+    stream = client.generate(SUM, ENDLESS)
+    await until(stream, TextDelta)
+    n_said: list[int] = []
+    n_events = 0
+
+    def progress(_done: int, _total: int) -> None:
+        n_said.append(n_events)
+
+    scoring = asyncio.create_task(client.score("What is 12 + 30? 42\n" * 400, 128, progress))
+    async for _ in stream:
+        n_events += 1
+        if scoring.done():
+            break
+    await stream.aclose()
+    n_tokens, _ = await scoring
+    assert n_tokens > 1000
+    assert len(n_said) > 10
+    assert n_said[-1] - n_said[0] > 10
+
+
+async def test_score_that_nobody_waits_for_ends(client: EngineClient) -> None:
+    begun = asyncio.Event()
+    text = "What is 12 + 30? 42\n" * 50_000
+    scoring = asyncio.create_task(client.score(text, 128, lambda _d, _t: begun.set()))
+    await begun.wait()
+    scoring.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await scoring
+    n_tokens, _ = await client.score("What is 12 + 30? 42\n" * 20, 128)
+    assert n_tokens > 50
 
 
 async def test_request_that_fails_unforeseen_does_not_end_the_others(client: EngineClient) -> None:

@@ -19,6 +19,7 @@ from nanorun.model.chat import (
 from nanorun.model.think import LOW
 from tests.server.conftest import CHAT, Endpoint, error_of
 from tests.support.fakes import FakeClient, reply
+from tests.support.waiting import PATIENCE_S
 
 Make = Callable[..., Endpoint]
 CALL = ToolCall("call_1", "add", {"a": 1, "b": "ü"})
@@ -240,7 +241,7 @@ async def test_client_that_leaves_cancels_its_reply(
     while not api.client.requests or len(api.client.last.generation.sent) < n_before:
         await asyncio.sleep(0)
     connection.left.set()
-    await asyncio.wait_for(task, 5)
+    await asyncio.wait_for(task, PATIENCE_S)
     assert api.client.last.generation.was_abandoned
     health = (await api.request("GET", "/health")).json()
     assert health["n_active"] == 0

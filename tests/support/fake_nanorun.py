@@ -29,6 +29,13 @@ class StubbornClient(FakeClient):
         return StubbornGeneration(self.scripts[0])
 
 
+class EchoClient(FakeClient):
+    """Answers with the question, line ends as bars."""
+
+    def generate(self, messages: Any, options: Any) -> FakeGeneration:
+        return FakeGeneration(reply(messages[-1].content.replace("\n", "|")))
+
+
 LONG = reply("word " * 3000, thinking="hm", delay_s=0.02)
 CASES: dict[str, Callable[[], FakeClient]] = {
     "short": lambda: FakeClient.playing(reply("it is 4", thinking="two and two")),
@@ -36,6 +43,7 @@ CASES: dict[str, Callable[[], FakeClient]] = {
     # Ends by itself: a process that a failing test leaves behind must not stay.
     "second": lambda: FakeClient.playing(reply("word " * 50, delay_s=0.02)),
     "stubborn": lambda: StubbornClient.playing(LONG),
+    "echo": EchoClient,
     "broken": lambda: FakeClient.playing([ZeroDivisionError("oops")]),
     "loading": lambda: FakeClient(start_delay_s=60),
     "escapes": lambda: FakeClient.playing(

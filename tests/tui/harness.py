@@ -17,9 +17,7 @@ from nanorun.tui.app import NanorunApp
 from nanorun.tui.screens.chat import ChatScreen
 from nanorun.tui.widgets.turn import Turn
 from tests.support.fakes import FakeClient
-
-_PATIENCE_S = 30.0
-_LOOK_EVERY_S = 0.01
+from tests.support.waiting import become
 
 
 @dataclass
@@ -99,9 +97,7 @@ class Chat:
 
         `Pilot.pause` waits for an idle processor, which a stream of tokens never leaves.
         """
-        async with asyncio.timeout(_PATIENCE_S):
-            while not holds():
-                await asyncio.sleep(_LOOK_EVERY_S)
+        await become(holds)
 
 
 @asynccontextmanager

@@ -7,12 +7,14 @@ set is refused by name, because a model converted without it would be silently w
 
 from __future__ import annotations
 
+import json
 import math
 import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from nanorun.errors import ModelError
+from nanorun.errors import ModelError, UsageError
 from nanorun.model.arch import HybridArch, LayerKind, parse_pattern
 from nanorun_quant.recipe import Again
 
@@ -71,8 +73,30 @@ _INERT = frozenset(
     chunk_size mamba_chunk_size expand mamba_expand mamba_ssm_cache_dtype residual_in_fp32
     rope_theta rope_scaling rope_parameters partial_rotary_factor
     moe_shared_expert_overlap mtp_block_configs quantization_config
+    attn_implementation _attn_implementation _attn_implementation_autoset _commit_hash
+    unsloth_version unsloth_fixed trust_remote_code tokenizer_class model_max_length
+    is_decoder pretraining_tp gradient_checkpointing
+    problem_type finetuning_task num_labels
     """.split()  # noqa: SIM905
 )
+# How to draw tokens, not how to compute them: the fields of GenerationConfig, which transformers
+# 5.24 takes out of any config.json that still has them.
+_GENERATION = frozenset(
+    """
+    max_length max_new_tokens min_length min_new_tokens early_stopping max_time stop_strings
+    do_sample num_beams num_beam_groups diversity_penalty num_return_sequences
+    temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff penalty_alpha
+    repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids renormalize_logits remove_invalid_values
+    forced_bos_token_id forced_eos_token_id decoder_start_token_id
+    exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sequence_bias
+    guidance_scale output_attentions output_hidden_states output_scores return_dict_in_generate
+    """.split()  # noqa: SIM905
+)
+
+
+# Values that switch a field off, whatever it would do.
+_OFF: tuple[object, ...] = (None, False, 0, "", [], {})
 
 
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -81,8 +105,25 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     return part if isinstance(part, dict) else config
 
 
+def ignored_entries(config: dict[str, Any], ignored: Iterable[str]) -> tuple[str, ...]:
+    """`name=value` of each field that was passed over, for the file's metadata.
+
+    A field of single layers has no value of its own here: `name` alone.
+    """
+    text = text_config(config)
+    return tuple(
+        f"{name}={json.dumps(text[name], ensure_ascii=False):.200}" if name in text else name
+        for name in ignored
+    )
+
+
 def arch_from_config(
-    config: dict[str, Any], where: str, *, keep_mtp: bool = True, again: Again | None = None
+    config: dict[str, Any],
+    where: str,
+    *,
+    keep_mtp: bool = True,
+    ignored: Collection[str] = (),
+    again: Again | None = None,
 ) -> HybridArch:
     """The shape of the model that a config.json describes.
 
@@ -90,13 +131,17 @@ def arch_from_config(
         config: Its content.
         where: What to call it in errors.
         keep_mtp: Whether a multi-token prediction head is part of the model, or left out.
-        again: Makes the command that an error about the head suggests, if there is one.
+        ignored: Fields that are passed over, though it is not known what they do.
+        again: Makes the commands that errors suggest, if there are any.
 
     Raises:
         ModelError: Naming the field that is missing, impossible or not supported.
+        UsageError: If one of `ignored` is not there, or is a field that is understood.
     """
     text = text_config(config)
-    fields = _Fields(text, where if text is config else f"{where}: {TEXT_PART}")
+    fields = _Fields(
+        text, where if text is config else f"{where}: {TEXT_PART}", frozenset(ignored), again
+    )
     family = _family(fields, is_part=text is not config)
     blocks = _blocks(fields) if family == PUZZLE else []
     layers = _layers_of_blocks(fields, blocks) if blocks else _layers(fields)
@@ -120,7 +165,7 @@ def arch_from_config(
         **_expert_sizes(fields, layers, blocks),
     )
     fields.read.update({*_MTP_LAYER_FIELDS, "num_nextn_predict_layers"})
-    fields.refuse_unread()
+    fields.refuse_unread(_unknown_in_blocks(fields, blocks))
     try:
         arch.validate()
     except ModelError as error:
@@ -134,6 +179,8 @@ class _Fields:
 
     values: dict[str, Any]
     where: str
+    ignored: Collection[str] = ()
+    again: Again | None = None
     read: set[str] = field(default_factory=set)
 
     def find(self, *names: str) -> tuple[str, Any]:
@@ -176,18 +223,40 @@ class _Fields:
         found = f"{self.values[name]!r:.120}" if name in self.values else "no such field"
         raise ModelError(f"{self.where}: {name}: expected {expected}, found {found}")
 
-    def refuse_unread(self) -> None:
-        """Refuse fields of unsupported value, and unknown ones that are set to anything."""
+    def refuse_unread(self, in_blocks: Iterable[str] = ()) -> None:
+        """Refuse fields of unsupported value, and unknown ones that are set to anything.
+
+        Args:
+            in_blocks: Unknown fields of the layers, which may be passed over as well.
+        """
         for name, supported in _SUPPORTED_VALUES.items():
             if name in self.values and self.values[name] not in supported:
                 self.refuse(name, repr(supported[0]))
-        for name in sorted(self.values.keys() - self.read - _SUPPORTED_VALUES.keys() - _INERT):
-            # Off is off, whatever the field would do.
-            if self.values[name] not in (None, False, 0, "", [], {}):
-                raise ModelError(
-                    f"{self.where}: {name}: this field is not understood, and it may change"
-                    f" what the model computes (value {self.values[name]!r:.80})"
-                )
+        unknown = self.values.keys() - self.read - _SUPPORTED_VALUES.keys() - _INERT - _GENERATION
+        unknown = {name for name in unknown if self.values[name] not in _OFF}
+        for name in self.ignored:
+            if name not in unknown and name not in in_blocks:
+                self._refuse_to_ignore(name)
+        names = sorted(unknown.difference(self.ignored))
+        if names:
+            self.refuse_unknown(names[0], self.values[names[0]], others=names[1:])
+
+    def refuse_unknown(self, name: str, value: object, *, others: Sequence[str] = ()) -> NoReturn:
+        """Refuse a field of which nobody knows what it does, and say how to go on without it."""
+        asked = dict.fromkeys((*self.ignored, name.rpartition(": ")[2], *others))
+        raise ModelError(
+            f"{self.where}: {name}: this field is not understood, and it may change"
+            f" what the model computes (value {value!r:.80})",
+            facts=[f"nor are: {', '.join(others)}"] if others else [],
+            tries=[self.again(ignored_fields=tuple(asked))] if self.again else [],
+        )
+
+    def _refuse_to_ignore(self, name: str) -> NoReturn:
+        if name in self.values:
+            reason = "this field is understood; passing it over would change nothing or the model"
+        else:
+            reason = "there is no such field"
+        raise UsageError(f"{self.where}: --ignore-field {name}: {reason}")
 
 
 def _family(fields: _Fields, *, is_part: bool) -> str:
@@ -234,13 +303,18 @@ def _blocks(fields: _Fields) -> list[dict[str, Any]]:
     for i, block in enumerate(blocks):
         if not isinstance(block, dict):
             raise ModelError(f"{fields.where}: block_configs[{i}]: expected an object")
-        for name in block.keys() - _BLOCK_FIELDS:
-            if block[name] not in (None, False, fields.values.get(name)):
-                raise ModelError(
-                    f"{fields.where}: block_configs[{i}]: {name}: this field is not understood,"
-                    f" and it may change what the model computes (value {block[name]!r:.80})"
-                )
+        for name in sorted(_unknown_in_block(fields, block).difference(fields.ignored)):
+            fields.refuse_unknown(f"block_configs[{i}]: {name}", block[name])
     return blocks
+
+
+def _unknown_in_block(fields: _Fields, block: dict[str, Any]) -> set[str]:
+    unknown = block.keys() - _BLOCK_FIELDS
+    return {name for name in unknown if block[name] not in (None, False, fields.values.get(name))}
+
+
+def _unknown_in_blocks(fields: _Fields, blocks: list[dict[str, Any]]) -> set[str]:
+    return {name for block in blocks for name in _unknown_in_block(fields, block)}
 
 
 def _layers_of_blocks(fields: _Fields, blocks: list[dict[str, Any]]) -> tuple[LayerKind, ...]:

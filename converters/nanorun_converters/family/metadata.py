@@ -14,6 +14,7 @@ from nanorun import __version__
 from nanorun.model.arch import HybridArch, LayerKind
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.tensor_roles import Role
+from nanorun.tokens.definition import KEY_JSON
 from nanorun_converters.family.tokenizer import Vocabulary
 from nanorun_converters.output.gguf_header import (
     AnyValue,
@@ -35,6 +36,8 @@ SHA256_HEX_LENGTH = 64
 _NEXTN = "nextn_predict_layers"
 _PADDING = "nanorun.padding"
 _HASHES = "nanorun.source.sha256"
+TEMPLATE_KEY = "tokenizer.chat_template"
+_IGNORED = "nanorun.ignored_fields"
 
 # enum llama_ftype of llama.h for a file that is mostly of one type. The engine only prints it.
 _FILE_TYPES = {
@@ -85,6 +88,8 @@ class Provenance:
     """NVFP4 tensors that want activations of more than 4 bits."""
     search: Sequence[str] = ()
     """What a search found, `name=type:cost` a tensor."""
+    ignored_fields: Sequence[str] = ()
+    """`name=value` of the fields of config.json that were passed over."""
 
 
 def build_metadata(
@@ -255,14 +260,16 @@ def tokenizer_keys(vocabulary: Vocabulary) -> dict[str, Value]:
         "add_bos_token": boolean(vocabulary.add_bos),
         "add_eos_token": boolean(vocabulary.add_eos),
     }
-    return {f"tokenizer.ggml.{key}": value for key, value in keys.items()} | _templates(vocabulary)
+    named = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
+    whole = {KEY_JSON: string(vocabulary.json)} if vocabulary.json else {}
+    return named | whole | _templates(vocabulary)
 
 
 def _templates(vocabulary: Vocabulary) -> dict[str, Value]:
     templates = dict(vocabulary.chat_templates)
     keys = {}
     if "default" in templates:
-        keys["tokenizer.chat_template"] = string(templates.pop("default"))
+        keys[TEMPLATE_KEY] = string(templates.pop("default"))
     if templates:
         keys["tokenizer.chat_templates"] = string(tuple(templates))
         keys |= {f"tokenizer.chat_template.{name}": string(t) for name, t in templates.items()}
@@ -283,6 +290,7 @@ def _nanorun(source: SourceModel, arch: HybridArch, provenance: Provenance) -> d
         # Not known before all of the source was read; as many zeros take their place.
         _HASHES: string(("0" * SHA256_HEX_LENGTH,) * len(source.stores)),
         _PADDING: string(tuple(provenance.padding)),
+        **({_IGNORED: string(ignored)} if (ignored := tuple(provenance.ignored_fields)) else {}),
         "nanorun.bytes_by_role": string(by_role),
     }
 

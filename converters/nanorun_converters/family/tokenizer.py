@@ -7,6 +7,7 @@ text differently and make the model worse without a word.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import Counter
@@ -17,24 +18,22 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from nanorun.errors import ModelError
+from nanorun.tokens.definition import added_token
+from nanorun.tokens.families import LLAMA3_REGEX, TEKKEN_REGEX
+from nanorun_converters.family.templates import DEFAULT, read_chat_templates
 from nanorun_converters.source.source_model import SourceModel
 
 log = logging.getLogger(__name__)
 
 CHAT_STOP = "<|im_end|>"
 TOKENIZER_FILE = "tokenizer.json"
+_FLAGS = ("special", "single_word", "lstrip", "rstrip", "normalized")
 
 # Regex in tokenizer.json -> tokenizer.ggml.pre (llama-vocab.cpp). llama.cpp's converter names the
 # pre-tokenizer by a hash of the ids of a probe text instead. With the vocabulary that Nemotron's
 # descends from, both of these give that text the same ids, and only an added BOS tells "tekken"
 # from "pixtral" there: the label says "pixtral" whatever the regex is.
-PRE_TOKENIZERS = {
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "pixtral",
-}
+PRE_TOKENIZERS = {TEKKEN_REGEX: "tekken", LLAMA3_REGEX: "pixtral"}
 
 
 class TokenType(IntEnum):
@@ -62,15 +61,20 @@ class Vocabulary:
     add_eos: bool
     chat_templates: dict[str, str] = field(default_factory=dict)
     """By name; `default` is the one to use."""
+    json: str = ""
+    """The tokenizer.json, complete: with the tokens that only its companions name."""
 
 
-def read_vocabulary(source: SourceModel, config: dict[str, Any], n_vocab: int) -> Vocabulary:
+def read_vocabulary(
+    source: SourceModel, config: dict[str, Any], n_vocab: int, template: str | None = None
+) -> Vocabulary:
     """Read the tokenizer of a source model.
 
     Args:
         source: The source model.
         config: Its config.json.
         n_vocab: Rows of its embedding.
+        template: The chat template to take instead of the source's, if a person chose one.
 
     Raises:
         ModelError: If a part of it is missing, damaged, or has no counterpart in the engine.
@@ -78,47 +82,18 @@ def read_vocabulary(source: SourceModel, config: dict[str, Any], n_vocab: int) -
     reader = _Reader(source, config, n_vocab)
     tokens, types = reader.tokens()
     add_bos, add_eos = reader.added_ends()
-    templates = read_chat_templates(source)
+    templates = read_chat_templates(source) if template is None else {DEFAULT: template}
     return Vocabulary(
         pre=reader.pre_tokenizer(),
         tokens=tokens,
         types=types,
         merges=reader.merges(tokens),
-        special_ids=reader.special_ids(tokens, templates.get("default", "")),
+        special_ids=reader.special_ids(tokens, templates.get(DEFAULT, "")),
         add_bos=add_bos,
         add_eos=add_eos,
         chat_templates=templates,
+        json=reader.complete_json(),
     )
-
-
-def read_chat_templates(source: SourceModel) -> dict[str, str]:
-    """The chat templates by name; a file of its own wins over tokenizer_config.json, as in
-    transformers.
-    """
-    text = source.find_text("chat_template.jinja")
-    if text is not None:
-        return {"default": text}
-    for file in ("chat_template.json", "tokenizer_config.json"):
-        value = (source.find_json(file) or {}).get("chat_template")
-        if isinstance(value, str):
-            return {"default": value}
-        if isinstance(value, list):
-            return _named_templates(value, f"{source.origin / file}")
-    return {}
-
-
-def _named_templates(entries: list[Any], where: str) -> dict[str, str]:
-    templates: dict[str, str] = {}
-    for entry in entries:
-        name, text = (
-            (entry.get("name"), entry.get("template")) if isinstance(entry, dict) else (0, 0)
-        )
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ModelError(
-                f"{where}: chat_template: expected name and template, found {entry!r:.80}"
-            )
-        templates[name] = text
-    return templates
 
 
 class _Reader:
@@ -128,10 +103,13 @@ class _Reader:
         self.where = str(source.origin / TOKENIZER_FILE)
         self.json = source.read_json(TOKENIZER_FILE)
         self.tokenizer_config = source.find_json("tokenizer_config.json") or {}
+        self.added_file = source.find_json("added_tokens.json") or {}
         self.config = config
         self.n_vocab = n_vocab
         self.model = self._object("model")
         self.added = self._added_tokens()
+        self.companions = self._companions()
+        self.added |= self.companions
         self._check_model()
 
     def pre_tokenizer(self) -> str:
@@ -254,15 +232,52 @@ class _Reader:
                 self._refuse("added_tokens", "objects", repr(entry)[:80])
             self._check_token(entry.get("content"), entry.get("id"))
             if any(entry.get(flag) for flag in ("single_word", "lstrip", "rstrip")):
-                log.warning("%s: %r: strips spaces around it, which the engine does not",
+                log.warning("%s: %r: strips spaces around it, which other runners do not",
                             self.where, entry["content"])  # fmt: skip
         return {entry["id"]: entry for entry in entries}
+
+    def _companions(self) -> dict[int, dict[str, Any]]:
+        """Tokens that only tokenizer_config.json or added_tokens.json name, by id."""
+        vocab = self._vocab()
+        known = {*vocab.values(), *self.added}
+        found: dict[int, dict[str, Any]] = {}
+        decoder = self.tokenizer_config.get("added_tokens_decoder")
+        for key, entry in (decoder if isinstance(decoder, dict) else {}).items():
+            i = int(key) if key.isdecimal() else -1
+            if i in known:
+                continue
+            text = entry.get("content") if isinstance(entry, dict) else None
+            self._check_token(text, i)
+            flags = {flag: bool(entry[flag]) for flag in _FLAGS if flag in entry}
+            found[i] = added_token(i, str(text), special=False) | flags
+        for text, i in self.added_file.items():
+            if i not in known and i not in found:
+                self._check_token(text, i)
+                found[i] = added_token(i, text, special=False)
+        return found
+
+    def complete_json(self) -> str:
+        """The tokenizer.json with the tokens that only its companions name."""
+        if not self.companions:
+            return json.dumps(self.json, ensure_ascii=False)
+        vocab = {**self._vocab(), **{token["content"]: i for i, token in self.companions.items()}}
+        added = [*(self.json.get("added_tokens") or []), *self.companions.values()]
+        model = {**self.model, "vocab": vocab}
+        complete = {**self.json, "added_tokens": added, "model": model}
+        return json.dumps(complete, ensure_ascii=False)
 
     def _check_token(self, text: object, i: object) -> None:
         if not isinstance(text, str) or not text:
             self._refuse("a token", "text that is not empty", repr(text)[:60])
         if type(i) is not int or not 0 <= i < self.n_vocab:
-            self._refuse(f"token {text!r:.60}", f"an id below vocab_size {self.n_vocab}", repr(i))
+            raise ModelError(
+                f"{self.where}: token {text!r:.60}: expected an id below vocab_size {self.n_vocab},"
+                f" found {i!r}",
+                facts=[
+                    f"vocab_size in config.json is {self.n_vocab}, the rows of the embedding",
+                    "transformers' model.resize_token_embeddings(len(tokenizer)) adds the rows",
+                ],
+            )
 
     def _type(self, i: int, exists: bool) -> TokenType:
         if not exists:

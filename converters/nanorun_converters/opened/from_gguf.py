@@ -26,8 +26,10 @@ from nanorun_converters.tensors.tensor_plan import TensorPlan
 SUFFIX = ".gguf"
 _DTYPES = {GgmlType.F32: "F32", GgmlType.F16: "F16", GgmlType.BF16: "BF16"}
 # About the file that they are in, not about the model; or made anew for every file. What was padded
-# stays padded.
-_NOT_CARRIED = re.compile(r"(split|nanorun(?!\.padding$)|quantize\.imatrix)\..+|general\.alignment")
+# stays padded, and what nobody understood stays so.
+_NOT_CARRIED = re.compile(
+    r"(split|nanorun(?!\.(padding|ignored_fields)$)|quantize\.imatrix)\..+|general\.alignment"
+)
 _NUMBER_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _STRING, _ARRAY = 8, 9
 
@@ -51,6 +53,10 @@ class GgufFiles:
         """None, whatever the name."""
         return None
 
+    def modified(self, name: str) -> int | None:
+        """None: when a file was written says nothing here."""
+        return None
+
     def give_up(self) -> None:
         """Nothing to do: a disk answers soon."""
 
@@ -68,7 +74,7 @@ class GgufSource:
 
 def is_gguf(path: Path) -> bool:
     """Whether a path names a GGUF rather than a folder."""
-    return path.suffix == SUFFIX and not path.is_dir()
+    return path.suffix.lower() == SUFFIX and not path.is_dir()
 
 
 def open_gguf(path: Path, *, keep_mtp: bool = True) -> GgufSource:

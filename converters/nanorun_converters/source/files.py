@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -16,6 +16,15 @@ from nanorun.errors import ModelError, SourceLostError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+TEMPLATES_FOLDER = "additional_chat_templates"
+
+
+def counts(name: str) -> bool:
+    """Whether a file of this name, within its folder, can be part of a source model."""
+    path = PurePosixPath(name)
+    # macOS leaves `._NAME` beside every file on a disk that is not its own.
+    return not path.name.startswith("._") and str(path.parent) in (".", TEMPLATES_FOLDER)
 
 
 class Store(Protocol):
@@ -65,10 +74,13 @@ class Files(Protocol):
         """Reads worth having under way beside those that the cores work on."""
 
     def names(self) -> list[str]:
-        """The names of all files, sorted."""
+        """The names of all files that count, sorted; those of further templates with folder."""
 
     def find(self, name: str) -> Store | None:
         """The file of this plain name, or None where there is none."""
+
+    def modified(self, name: str) -> int | None:
+        """When file `name` was last written, in nanoseconds; None where that is not known."""
 
     def give_up(self) -> None:
         """End what is read just now, and read no more; any thread may call."""
@@ -160,12 +172,18 @@ class LocalFiles:
         return len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--")
 
     def names(self) -> list[str]:
-        """The names of all files, sorted."""
-        return sorted(path.name for path in self.where.iterdir())
+        """The names of all files that count, sorted; those of further templates with folder."""
+        paths = [*self.where.iterdir(), *(self.where / TEMPLATES_FOLDER).glob("*")]
+        return sorted(filter(counts, (path.relative_to(self.where).as_posix() for path in paths)))
 
     def find(self, name: str) -> Store | None:
         """The file of this plain name, or None where there is none."""
         return local_file(self.where / name)
+
+    def modified(self, name: str) -> int | None:
+        """When file `name` was last written, in nanoseconds; None where there is none."""
+        path = self.where / name
+        return path.stat().st_mtime_ns if path.is_file() else None
 
     def give_up(self) -> None:
         """Nothing to do: a disk answers soon."""

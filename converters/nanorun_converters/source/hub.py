@@ -23,7 +23,7 @@ from nanorun.errors import (
 )
 from nanorun.net.environment import hub_endpoint, without_password
 from nanorun.net.ranges import N_CONNECTIONS, Http, Pause, Policy, RangeFile, forbidden
-from nanorun_converters.source.files import Store
+from nanorun_converters.source.files import Store, counts
 from nanorun_converters.source.range_cache import RangeCache
 
 if TYPE_CHECKING:
@@ -84,6 +84,10 @@ class HubFiles:
             ranges = RangeFile(self._http, url, where, entry.n_bytes)
             self._stores[name] = HubFile(name, entry, ranges, self._cache)
         return self._stores[name]
+
+    def modified(self, name: str) -> int | None:
+        """None: when a file was written says nothing here."""
+        return None
 
     def give_up(self) -> None:
         """End what is read just now, and read no more; any thread may call."""
@@ -155,7 +159,7 @@ class HubFile:
 def _list_files(
     http: Http, repository: str, revision: str | None, where: str
 ) -> tuple[str, dict[str, Entry]]:
-    """The commit that a revision stands for, and its files by name, but for those in folders.
+    """The commit that a revision stands for, and those of its files that count, by name.
 
     https://huggingface.co/docs/hub/api: `GET /api/models/{repo}/revision/{revision}?blobs=true`.
     """
@@ -177,7 +181,7 @@ def _list_files(
     try:
         listing = json.loads(text)
         files = {file["rfilename"]: file for file in listing["siblings"]}
-        entries = {name: _entry(file) for name, file in files.items() if "/" not in name}
+        entries = {name: _entry(file) for name, file in files.items() if counts(name)}
         return str(listing["sha"]), entries
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ModelError(f"{where}: the Hub's answer is no model", facts=[repr(error)]) from error

@@ -26,6 +26,8 @@ DTYPE_BYTES = {
     "U32": 4, "I32": 4, "F32": 4,
     "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
+HALF_BYTE_DTYPES = ("F4",)
+"""Two numbers a byte; the shape counts numbers."""
 
 
 class Readable(Protocol):
@@ -95,18 +97,27 @@ def _entry(name: str, value: object, data_offset: int, where: str) -> TensorEntr
     if not isinstance(value, dict):
         _refuse(at, "an object of dtype, shape and data_offsets", repr(value)[:60])
     dtype, shape = value.get("dtype"), value.get("shape")
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        _refuse(at, f"a dtype of {' '.join(DTYPE_BYTES)}", repr(dtype)[:60])
+    known = (*DTYPE_BYTES, *HALF_BYTE_DTYPES)
+    if not isinstance(dtype, str) or dtype not in known:
+        _refuse(at, f"a dtype of {' '.join(known)}", repr(dtype)[:60])
     if not _is_list_of_counts(shape) or len(shape) > MAX_DIMS:
         _refuse(at, f"a shape of at most {MAX_DIMS} sizes", repr(shape)[:60])
     offsets = value.get("data_offsets")
     if not _is_list_of_counts(offsets) or len(offsets) != 2:
         _refuse(at, "two data_offsets", repr(offsets)[:60])
     first, end = offsets
-    n_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
+    n_bytes = _data_bytes(math.prod(shape), dtype, at)
     if end - first != n_bytes:
         _refuse(at, f"{n_bytes} bytes for {dtype} of shape {shape}", f"bytes {first} to {end}")
     return TensorEntry(name, dtype, tuple(shape), data_offset + first, n_bytes)
+
+
+def _data_bytes(n_elements: int, dtype: str, at: str) -> int:
+    if dtype not in HALF_BYTE_DTYPES:
+        return n_elements * DTYPE_BYTES[dtype]
+    if n_elements % 2:
+        _refuse(at, f"an even number of elements of {dtype}", str(n_elements))
+    return n_elements // 2
 
 
 def _is_list_of_counts(value: Any) -> TypeGuard[list[int]]:

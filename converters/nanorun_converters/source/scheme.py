@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanorun.errors import ModelError
+from nanorun_converters.source.foreign_quantization import (
+    LABELS,
+    foreign_method,
+    refuse_foreign_method,
+)
 from nanorun_converters.source.source_model import SourceModel
 
 CONFIG_FILE = "config.json"
@@ -46,6 +51,7 @@ def read_scheme(source: SourceModel, config: Mapping[str, Any]) -> Scheme:
     Raises:
         ModelError: If it is one whose weights cannot be decoded by their tensors alone.
     """
+    refuse_foreign_method(source, config)
     where = f"{source.origin / CONFIG_FILE}: quantization_config"
     stated = config.get("quantization_config")
     if stated is None:
@@ -58,6 +64,9 @@ def read_scheme(source: SourceModel, config: Mapping[str, Any]) -> Scheme:
         raise ModelError(f"{where}: expected an object, found {type(stated).__name__}")
     method = stated.get("quant_method", "modelopt")
     if method not in METHODS:
+        label = LABELS.get(method) if isinstance(method, str) else None
+        if label is not None:
+            raise foreign_method(source, config, label, f"{where}: quant_method {method!r}")
         raise ModelError(
             f"{where}: quant_method: expected one of {', '.join(METHODS)}, found {method!r:.60}",
             facts=["NVIDIA publishes the same model as -BF16"],

@@ -6,15 +6,18 @@ tensor's meaning is known here.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanorun.errors import ModelError
+from nanorun.model.lookalikes import HEAD_BYTES, look_alike
 from nanorun_converters.source.files import Files, Store
 from nanorun_converters.source.safetensors_header import DTYPE_BYTES
 
@@ -79,6 +82,13 @@ class SourceModel:
     tensors: dict[str, SourceTensor]
     stores: tuple[Store, ...]
     """The files of weights, by name."""
+    notes: list[str] = field(default_factory=list)
+    """What was passed over or decided on the way; each part that reads the model adds to it."""
+
+    def tell(self, note: str) -> None:
+        """Add a note, once."""
+        if note not in self.notes:
+            self.notes.append(note)
 
     @property
     def origin(self) -> PurePath:
@@ -119,7 +129,7 @@ class SourceModel:
     def find_text(self, name: str) -> str | None:
         """The text of file `name`, or None where there is no such file."""
         store = self.files.find(name)
-        return None if store is None else _read_text(store, str(self.origin / name))
+        return None if store is None else read_text(store, str(self.origin / name))
 
 
 def read_json(store: Store, where: str) -> dict[str, Any]:
@@ -129,23 +139,76 @@ def read_json(store: Store, where: str) -> dict[str, Any]:
         ModelError: If it is not valid JSON, or not an object.
     """
     try:
-        value = json.loads(_read_text(store, where))
+        value = json.loads(read_text(store, where))
     except (ValueError, RecursionError) as error:
         if isinstance(error, ModelError):
             raise
+        refuse_look_alike(store, where, "JSON")
         raise ModelError(f"{where}: no valid JSON", facts=[str(error)]) from error
     if not isinstance(value, dict):
         raise ModelError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
-def _read_text(store: Store, where: str) -> str:
+def read_text(store: Store, where: str) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        ModelError: If it is too long, or no text in UTF-8.
+    """
     if store.n_bytes > MAX_JSON_BYTES:
         raise ModelError(f"{where}: expected at most {MAX_JSON_BYTES} bytes, found {store.n_bytes}")
+    raw = store.read(0, store.n_bytes).tobytes()
+    encoding = _other_encoding(raw)
+    if encoding is not None:
+        new = f"{where}.utf8"
+        raise ModelError(
+            f"{where}: expected text in UTF-8, found {encoding}",
+            tries=[
+                f"iconv -f {encoding} -t UTF-8 {quote(where)} > {quote(new)}",
+                f"mv {quote(new)} {quote(where)}",
+            ],
+        )
     try:
-        return store.read(0, store.n_bytes).tobytes().decode("utf-8")
+        return raw.decode("utf-8-sig")  # editors on Windows put a byte order mark first
     except UnicodeDecodeError as error:
+        refuse_look_alike(store, where, "text in UTF-8")
         raise ModelError(f"{where}: no text in UTF-8", facts=[str(error)]) from error
+
+
+def _other_encoding(raw: bytes) -> str | None:
+    """The name of an encoding of wide characters, by its mark or by the zeros that it is full of.
+
+    No text of a source model has zeros, and all begin with a character of ASCII.
+    """
+    # UTF-32's mark begins as UTF-16's does.
+    if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    if len(raw) >= 2 and raw[0] and raw[1:2] == b"\0":
+        return "UTF-32LE" if raw[2:4] == b"\0\0" else "UTF-16LE"
+    if raw[:3] == b"\0\0\0" and raw[3:4] not in (b"", b"\0"):
+        return "UTF-32BE"
+    if raw[:1] == b"\0" and raw[1:2] not in (b"", b"\0", b"\x05"):
+        return "UTF-16BE"
+    return None
+
+
+def refuse_look_alike(store: Store, where: str, expected: str) -> None:
+    """Refuse a file that could not be read, if it is plain what it is instead.
+
+    Raises:
+        ModelError: Saying what it is.
+    """
+    head = store.read(0, min(store.n_bytes, HEAD_BYTES)).tobytes()
+    found = look_alike(head, where)
+    if found is not None:
+        raise ModelError(
+            f"{where}: expected {expected}, found {found.what}",
+            facts=found.facts,
+            tries=found.tries,
+        )
 
 
 def decode(raw: NDArray[np.uint8], dtype: str) -> NDArray[np.float32]:

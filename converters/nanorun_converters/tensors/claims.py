@@ -7,8 +7,10 @@ the model computes.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from nanorun.errors import ModelError
@@ -19,6 +21,7 @@ from nanorun_converters.source.encodings import (
     Nvfp4Tensor,
     Part,
 )
+from nanorun_converters.source.policy import unmerged_adapter
 from nanorun_converters.source.source_model import (
     READABLE_DTYPES,
     UNKNOWN_DTYPE,
@@ -32,6 +35,14 @@ Shape = tuple[int, ...]
 # and both below the language part of a model with eyes or ears.
 _ROOTS = ("", "language_model.", "model.language_model.")
 _TRUNKS = ("backbone.", "model.")
+EMBEDDINGS = ("embeddings.weight", "embedding.weight", "embed_tokens.weight")
+"""Within the trunk: NVIDIA's name, mamba's own, and that of transformers' other models."""
+# Made anew from the config when a model is opened; old versions of transformers saved them.
+_BUFFER = re.compile(
+    r"(?:.+\.)?(?:rotary_emb\.\w+|inv_freq|position_ids|causal_mask|attention_mask"
+    r"|num_batches_tracked)"
+)
+_ADAPTER = re.compile(r"(?:^|\.)(?:base_layer|lora_\w+|modules_to_save)\.")
 # Calibration of activations and of an FP8 KV cache. The engine keeps both in their own precision.
 _CALIBRATION = re.compile(
     r".+\.(input_scale|input_global_scale|(?:[qkv]_proj\.)?[qkv]_scale|output_scale)"
@@ -45,6 +56,7 @@ class Claims:
 
     def __init__(self, source: SourceModel) -> None:
         self.source = source
+        self._refuse_adapter()
         self.root, self.trunk = self._prefixes()
         self._used: set[str] = set()
 
@@ -88,6 +100,7 @@ class Claims:
             unused = {name for name in unused if name.startswith(self.root)}
         modules = _modules_of(self._used)
         unused = {name for name in unused if not _is_calibration(name, modules)}
+        unused = {name for name in unused if not _BUFFER.fullmatch(name)}
         if unused:
             raise ModelError(
                 f"{self.source.origin}: tensor {min(unused)!r} is none that {what} has",
@@ -97,18 +110,32 @@ class Claims:
     def _prefixes(self) -> tuple[str, str]:
         for root in _ROOTS:
             for trunk in _TRUNKS:
-                if any(self.has(f"{root}{trunk}embeddings.weight{s}") for s in ("", "_packed")):
+                names = (f"{root}{trunk}{name}{s}" for name in EMBEDDINGS for s in ("", "_packed"))
+                if any(map(self.has, names)):
                     return root, root + trunk
+        name = f"{_TRUNKS[0]}{EMBEDDINGS[0]}"
         raise ModelError(
-            f"{self.source.origin}: expected tensor 'backbone.embeddings.weight', found no such"
-            " tensor"
+            f"{self.source.origin}: expected tensor {name!r}, found no such tensor",
+            facts=self._nearest(name),
         )
+
+    def _refuse_adapter(self) -> None:
+        names = (name for name in self.source.tensors if _ADAPTER.search(name))
+        if (name := next(names, None)) is not None:
+            where = str(self.source.origin / self.source.tensors[name].store.name)
+            raise unmerged_adapter(where, self.source.files.argument, name)
+
+    def _nearest(self, name: str) -> list[str]:
+        """What a missing tensor may be called instead, for people to see what they have."""
+        names = list(self.source.tensors)
+        found = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or names[:3]
+        return [f"nearest of {len(names)}: {', '.join(found)}"]
 
     def _decodable(self, name: str, shape: Shape) -> Part:
         tensor = self.source.tensors[name]
         stem = name.removesuffix(".weight")
         is_unknown = tensor.dtype == UNKNOWN_DTYPE
-        if tensor.dtype == "U8" or (is_unknown and self.has(f"{stem}.weight_scale_2")):
+        if tensor.dtype in ("U8", "F4") or (is_unknown and self.has(f"{stem}.weight_scale_2")):
             return self._nvfp4(stem, name, shape)
         if tensor.dtype in FP8_DTYPES or (is_unknown and self.has(f"{stem}.weight_scale")):
             return self._fp8(stem, name, shape)
@@ -157,7 +184,7 @@ class Claims:
         factor = "weight_global_scale" if is_divisor else "weight_scale_2"
         calibration = f"{stem}.{'input_global_scale' if is_divisor else 'input_scale'}"
         return Nvfp4Tensor(
-            codes=self._take(name, (shape[0], n_columns // 2), ("U8",)),
+            codes=self._codes(name, shape),
             scales=self._take(
                 f"{stem}.weight_scale", (shape[0], n_columns // NVFP4_GROUP), ("F8_E4M3",)
             ),
@@ -165,6 +192,13 @@ class Claims:
             is_divisor=is_divisor,
             input_scale=self._scalar(calibration) if self.has(calibration) else None,
         )
+
+    def _codes(self, name: str, shape: Shape) -> SourceTensor:
+        """Two codes a byte, whether the file counts bytes (U8) or codes (F4)."""
+        packed = (shape[0], shape[1] // 2)
+        if self.has(name) and self.source.tensors[name].dtype == "F4":
+            return replace(self._take(name, shape, ("F4",)), dtype="U8", shape=packed)
+        return self._take(name, packed, ("U8",))
 
     def _scalar(self, name: str) -> SourceTensor:
         found = self.source.tensors.get(name)
@@ -176,7 +210,8 @@ class Claims:
         if tensor is None:
             raise ModelError(
                 f"{self.source.origin}: tensor {name!r}: expected shape {list(shape)},"
-                " found no such tensor"
+                " found no such tensor",
+                facts=self._nearest(name),
             )
         self._used.add(name)
         if tensor.dtype == UNKNOWN_DTYPE:

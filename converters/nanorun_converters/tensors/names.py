@@ -21,11 +21,16 @@ from nanorun.model.arch import HybridArch
 from nanorun.model.tensor_roles import Role, TensorSpec, expected_tensors
 from nanorun_converters.source.encodings import Part
 from nanorun_converters.source.source_model import SourceModel
-from nanorun_converters.tensors.claims import Claims, Shape
+from nanorun_converters.tensors.claims import EMBEDDINGS, Claims, Shape
 from nanorun_converters.tensors.tensor_plan import TensorPlan
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+def has_head(source: SourceModel) -> bool:
+    """Whether any tensor is of a multi-token prediction head."""
+    return any(_HEAD.match(name) for name in source.tensors)
 
 
 def plan_tensors(
@@ -74,8 +79,8 @@ def _flat(shape: Shape) -> Shape:
 
 
 _TRUNK_RULES = {
-    "token_embd.weight": _Rule(("embeddings.weight",)),
-    "output_norm.weight": _Rule(("norm_f.weight",)),
+    "token_embd.weight": _Rule(EMBEDDINGS),
+    "output_norm.weight": _Rule(("norm_f.weight", "norm.weight")),
 }
 _LAYER_RULES = {
     "attn_norm.weight": _Rule(("norm.weight",)),
@@ -115,6 +120,7 @@ _MTP_RULES = {
     "post_attention_norm.weight": "1.norm.weight",
     "nextn.shared_head_norm.weight": "1.final_layernorm.weight",
 }
+_HEAD = re.compile(r"(?:model\.)?(?:language_model\.)?mtp\.")
 _OUTPUT = "lm_head.weight"
 _EXPERT_PROJECTIONS = {Role.EXPERT_UP: "up_proj", Role.EXPERT_DOWN: "down_proj"}
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)")

@@ -71,11 +71,10 @@ class Held:
         """The values of a schema that only lists some."""
         return self._top.get("enum")
 
-    @property
-    def takes_strings(self) -> bool:
-        """Whether a string may fit."""
+    def takes(self, kind: str) -> bool:
+        """Whether a value of this type, `string` for example, may fit."""
         options = self._top.get("anyOf", [self._top])
-        return any(self._may_be_string(option) for option in options)
+        return any(self._may_be(kind, option) for option in options)
 
     @property
     def _top(self) -> dict[str, Any]:
@@ -87,13 +86,13 @@ class Held:
             schema = self.schema["$defs"][schema["$ref"].rpartition("/")[2]]
         return schema if isinstance(schema, dict) else {}
 
-    def _may_be_string(self, schema: Any) -> bool:
+    def _may_be(self, kind: str, schema: Any) -> bool:
         schema = self._resolved(schema)
         if "anyOf" in schema:
-            return any(isinstance(o, dict) and o.get("type") == "string" for o in schema["anyOf"])
+            return any(isinstance(o, dict) and o.get("type") == kind for o in schema["anyOf"])
         if "enum" in schema:
-            return any(isinstance(value, str) for value in schema["enum"])
-        return "type" not in schema or schema["type"] == "string"
+            return any(_has_type(value, (kind,)) for value in schema["enum"])
+        return "type" not in schema or schema["type"] == kind
 
 
 def hold(root: Node, path: str = "$") -> Held:
@@ -152,6 +151,14 @@ class Holder:
                 properties.setdefault(name, node)
         required = tuple(base.get("required", ()))
         return {**properties, **{n: True for n in required if n not in properties}}, required
+
+    def additional(self, path: str) -> Held | None:
+        """What the root asks of properties that it does not list; None if there may be none."""
+        base, _ = self._conjunction(self._document.root, path)
+        if "patternProperties" in base:
+            return Held({})
+        schema = base.get("additionalProperties", False)
+        return None if schema is False else self.hold(schema, f"{path}.*")
 
     def _visit(self, node: Node, path: str) -> Any:
         """A schema as llguidance takes it; one that others refer to becomes a definition."""

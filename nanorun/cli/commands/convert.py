@@ -155,6 +155,24 @@ def command(
             "--no-mtp", help="Leave a multi-token prediction head out.", rich_help_panel=_TYPES
         ),
     ] = False,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template",
+            metavar="FILE",
+            help="Write this chat template instead of the source's; family: that of Nemotron 3"
+            " Nano's formats.",
+        ),
+    ] = None,
+    ignore_field: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--ignore-field",
+            metavar="NAME",
+            help="Pass over a field of config.json that is not understood, and write so into the"
+            " file; repeatable.",
+        ),
+    ] = None,
     as_json: opt.JsonOption = False,
 ) -> None:
     """Turn a source model (safetensors) into a quantized GGUF.
@@ -174,8 +192,11 @@ def command(
         target_bpw=target_bpw, imatrix=imatrix, feedback=feedback, quantizer=quantizer,
         n_threads=n_threads, force=force, dry_run=dry_run, keep_mtp=not no_mtp,
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size),
+        ignored_fields=tuple(ignore_field or ()), chat_template=chat_template,
     )  # fmt: skip
     plan = plan_conversion(source_named(source), options)
+    for text in plan.notes:
+        note(text)
     if dry_run:
         result = summarize(plan, plan.lay_out(), started)
     else:
@@ -211,7 +232,7 @@ def source_named(text: str) -> Path | Files:
     known = CATALOG.get(name)
     if known is not None and known.repository is not None:
         text = f"{known.repository}{at}{revision}"
-    repository = None if path.suffix == ".gguf" else parse_repository(text)
+    repository = None if path.suffix.lower() == ".gguf" else parse_repository(text)
     return path if repository is None else HubFiles(*repository)
 
 

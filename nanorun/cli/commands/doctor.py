@@ -44,6 +44,7 @@ def command(as_json: opt.JsonOption = False) -> int:
                 "devices": devices,
                 "libraries": libraries,
                 "free_disk_bytes": hardware.disk_free_bytes,
+                "notes": find_notes(hardware),
                 "problems": problems,
             }
         )
@@ -61,10 +62,18 @@ def find_problems(hardware: Hardware) -> list[dict[str, str]]:
         }
         for gpu in hardware.unusable
     ]
+    problems += [
+        {"problem": str(fault), "try": "nvidia-smi"} for fault in hardware.faults if fault.costs_gpu
+    ]
     if 0 < hardware.disk_free_bytes < _LEAST_DISK_BYTES:
         free = format_gib(hardware.disk_free_bytes)
         problems.append({"problem": f"{free} of disk are free; Nano takes 10 to 34 GiB", "try": ""})
     return problems
+
+
+def find_notes(hardware: Hardware) -> list[str]:
+    """What did not work, but takes nothing away that matters."""
+    return [str(fault) for fault in hardware.faults if not fault.costs_gpu]
 
 
 def reinstall_command() -> str:
@@ -114,6 +123,8 @@ def _render(
     for problem in problems:
         lines += ["", f"problem: {problem['problem']}"]
         lines += [f"  try: {problem['try']}"] if problem["try"] else []
+    for text in find_notes(hardware):
+        lines += ["", f"note: {text}"]
     lines += ["", "no problems found"] if not problems else []
     return "\n".join(lines) + "\n"
 

@@ -13,11 +13,12 @@ import typer
 
 from nanorun.cli import endpoints
 from nanorun.cli import options as opt
-from nanorun.cli.diagnostics import is_terminal, show_logs
+from nanorun.cli.diagnostics import is_terminal, show_logs, write_data
 from nanorun.cli.interrupts import Interrupts
 from nanorun.cli.models import find_model
 from nanorun.cli.planning import log_memory, parse_draft, plan_opening
 from nanorun.cli.reply_output import JsonOutput, TextOutput
+from nanorun.cli.standard_input import read_all, read_beside_prompt
 from nanorun.errors import ExitCode, NanorunError, UsageError
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import Think
@@ -31,9 +32,11 @@ def command(
     model: endpoints.ModelArgument = None,
     prompt: Annotated[
         str | None,
-        typer.Argument(
-            metavar="PROMPT", help="The question; text on standard input is added below it."
-        ),
+        typer.Argument(metavar="PROMPT", help="The question; `-`, or none: standard input is it."),
+    ] = None,
+    below: Annotated[
+        str | None,
+        typer.Argument(metavar="-", help="Wait for standard input and add it below PROMPT."),
     ] = None,
     think: opt.ThinkOption = "medium",
     max_tokens: Annotated[
@@ -106,19 +109,30 @@ def command(
     The answer goes to standard output as it is written, the thinking to standard error. Ctrl-C
     stops the answer and keeps what was said; a second one leaves at once.
 
-    With --endpoint, a single argument is the PROMPT: the endpoint's only model answers.
+    Beside a PROMPT, standard input is added below it where it is a file that nobody has read from
+    yet, or a pipe that brings something within 5 s. In `cat list | while read line`, the list is
+    such a pipe: give `nanorun run` there `< /dev/null`. With `-` it is always read, to its end.
+
+    With --endpoint, a single argument beside `-` is the PROMPT: the endpoint's only model answers.
     """
     from nanorun.model.chat import GenerateOptions
 
-    if endpoint is not None and prompt is None:
-        model, prompt = None, model
+    write_data("")  # where nobody can get an answer, no model need be loaded
+    if below not in (None, "-"):
+        raise UsageError(
+            f"got unexpected extra argument ({below})",
+            facts=["only `-` may follow PROMPT"],
+            tries=["nanorun run --help"],
+        )
+    if endpoint is not None and below is None and prompt in (None, "-"):
+        model, prompt, below = None, model, prompt
     elif endpoint is None and model is None:
         raise UsageError(
             "missing argument 'MODEL'",
-            facts=["usage: nanorun run [OPTIONS] [MODEL] [PROMPT]"],
+            facts=["usage: nanorun run [OPTIONS] [MODEL] [PROMPT] [-]"],
             tries=["nanorun run --help"],
         )
-    question = read_prompt(prompt)
+    question = read_prompt(prompt, waits=below is not None)
     request = GenerateOptions(
         think=Think.parse(think),
         max_tokens=max_tokens,
@@ -136,15 +150,25 @@ def command(
     return interrupts.run(_answer(client, on_loaded, messages, request, output, interrupts))
 
 
-def read_prompt(argument: str | None) -> str:
+def read_prompt(argument: str | None, *, waits: bool = False) -> str:
     """The question: the argument, standard input, or one above the other.
+
+    Args:
+        argument: PROMPT; None or `-` for standard input instead.
+        waits: Whether standard input belongs to it, however long that takes.
 
     Raises:
         UsageError: If there is neither, or text that is not UTF-8.
     """
-    parts = [opt.check_text(argument, "the prompt")] if argument else []
-    if not is_terminal(sys.stdin):
-        parts.append(opt.read_text(sys.stdin.buffer.read(), "standard input"))
+    parts: list[str] = []
+    if argument is not None and argument != "-":
+        parts.append(opt.check_text(argument, "the prompt"))
+        data = read_all() if waits else read_beside_prompt()
+    elif argument is None and is_terminal(sys.stdin):
+        data = b""
+    else:
+        data = read_all()
+    parts.append(opt.read_text(data, "standard input"))
     question = "\n\n".join(part.strip("\n") for part in parts if part.strip())
     if not question:
         raise UsageError(
@@ -163,8 +187,9 @@ def read_schema(argument: str) -> Grammar:
     """
     from nanorun.model.chat import Grammar
 
-    text = argument
-    if not argument.lstrip().startswith(("{", "true", "false")):
+    if argument.lstrip().startswith(("{", "true", "false")):
+        text = opt.check_text(argument, "--schema")
+    else:
         try:
             text = opt.read_text(Path(argument).read_bytes(), argument)
         except OSError as error:

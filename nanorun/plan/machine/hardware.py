@@ -12,13 +12,12 @@ import platform
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from nanorun.errors import LibraryError, UsageError
-from nanorun.model.cuda import visible_gpus
+from nanorun.model.nvml import Nvml, NvmlFault, NvmlGpu, open_nvml
 from nanorun.plan.machine.cgroups import memory_limit, n_cpus_allowed
 from nanorun.plan.machine.cores import Cores, detect_cores
 
@@ -71,6 +70,8 @@ class Hardware:
     accelerators: tuple[Accelerator, ...] = ()
     unusable: tuple[Accelerator, ...] = ()
     """GPUs that are there, but that the installed engine was not built for."""
+    faults: tuple[NvmlFault, ...] = ()
+    """What NVIDIA's driver did not answer."""
     disk_free_bytes: int = 0
     """In the home folder; 0 if unknown."""
     disk_bandwidth: float = 0.0
@@ -127,13 +128,14 @@ def _flag_name(name: str) -> str:
 def detect_hardware() -> Hardware:
     """Look at this machine; takes milliseconds and starts nothing."""
     host = _detect_host()
-    found = detect_nvidia(host)
+    found, faults = detect_nvidia(host)
     can_use = engine_has_backend("cuda")
     return Hardware(
         name=platform.node() or "this machine",
         host=host,
         accelerators=tuple(found) if can_use else (),
         unusable=() if can_use else tuple(found),
+        faults=tuple(faults),
         disk_free_bytes=_disk_free_bytes(),
     )
 
@@ -152,7 +154,7 @@ def read_profile(path: Path) -> Hardware:
         UsageError: If the file is none.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
         data = data.get("hardware", data) if isinstance(data, dict) else data
         return Hardware(
             name=data["name"],
@@ -220,55 +222,41 @@ def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 # -- NVIDIA -------------------------------------------------------------------------------------
 
 
-def detect_nvidia(host: Host) -> list[Accelerator]:
-    """The NVIDIA GPUs that the driver shows to this process; none without a driver."""
-    try:
-        nvml = import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception:
-        # No package, no driver, no permission: all mean that there is nothing to plan with.
-        return []
-    try:
-        handles = [
-            nvml.nvmlDeviceGetHandleByIndex(i) for i in visible_gpus(nvml.nvmlDeviceGetCount())
-        ]
-        return [_accelerator(nvml, handle, i, host) for i, handle in enumerate(handles)]
-    finally:
-        nvml.nvmlShutdown()
+def detect_nvidia(host: Host) -> tuple[list[Accelerator], list[NvmlFault]]:
+    """The NVIDIA GPUs that the driver shows to this process, and what it failed to say."""
+    found: list[Accelerator] = []
+    with open_nvml() as nvml:
+        for gpu in nvml.gpus():
+            accelerator = _accelerator(nvml, gpu, len(found), host)
+            if accelerator is not None:
+                found.append(accelerator)
+    return found, nvml.faults
 
 
-def _accelerator(nvml: Any, handle: Any, i_device: int, host: Host) -> Accelerator:
-    name = _ask(nvml, nvml.nvmlDeviceGetName, handle)
-    memory = _ask(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
+def _accelerator(nvml: Nvml, gpu: NvmlGpu, i_device: int, host: Host) -> Accelerator | None:
+    memory = nvml.memory(gpu)
+    if memory is None:
+        return None
     # GB10 and Jetson answer "not supported", or nothing: they work in the host's memory.
-    is_unified = memory is None or not memory.total
+    is_unified = not memory.total
     return Accelerator(
         name=f"CUDA{i_device}",
-        description=name.decode() if isinstance(name, bytes) else str(name or "NVIDIA GPU"),
-        total_bytes=host.total_bytes if memory is None or is_unified else int(memory.total),
-        free_bytes=host.available_bytes if memory is None or is_unified else int(memory.free),
+        description=nvml.name(gpu),
+        total_bytes=host.total_bytes if is_unified else memory.total,
+        free_bytes=host.available_bytes if is_unified else memory.free,
         is_unified=is_unified,
-        bandwidth=_bandwidth(nvml, handle),
-        flops=_flops(nvml, handle),
+        bandwidth=_bandwidth(nvml, gpu),
+        flops=_flops(nvml, gpu),
     )
 
 
-def _bandwidth(nvml: Any, handle: Any) -> float:
-    width = _ask(nvml, nvml.nvmlDeviceGetMemoryBusWidth, handle) or 0
-    clock = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_MEM) or 0
+def _bandwidth(nvml: Nvml, gpu: NvmlGpu) -> float:
+    width = nvml.ask("nvmlDeviceGetMemoryBusWidth", gpu) or 0
     # Both edges of the clock carry data.
-    return float(width) / 8 * 2 * clock * 1e6
+    return float(width) / 8 * 2 * nvml.clock_mhz(gpu, "MEM") * 1e6
 
 
-def _flops(nvml: Any, handle: Any) -> float:
-    n_cores = _ask(nvml, nvml.nvmlDeviceGetNumGpuCores, handle) or 0
-    clock = _ask(nvml, nvml.nvmlDeviceGetMaxClockInfo, handle, nvml.NVML_CLOCK_SM) or 0
+def _flops(nvml: Nvml, gpu: NvmlGpu) -> float:
+    n_cores = nvml.ask("nvmlDeviceGetNumGpuCores", gpu) or 0
     # A multiply-add a core and clock in FP32; the matrix units do four times that in FP16.
-    return 4 * 2.0 * n_cores * clock * 1e6
-
-
-def _ask(nvml: Any, function: Any, *args: Any) -> Any:
-    try:
-        return function(*args)
-    except nvml.NVMLError:
-        return None
+    return 4 * 2.0 * n_cores * nvml.clock_mhz(gpu, "SM") * 1e6

@@ -7,7 +7,7 @@ Any request ends that at once; it goes on when the engine is idle again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nanorun.errors import NanorunError
@@ -50,30 +50,39 @@ class ReadingAhead:
         while len(self._waiting) > _MOST_WAITING:
             del self._waiting[next(iter(self._waiting))]
 
-    def interrupt(self, messages: Sequence[Message]) -> None:
+    def interrupt(self, messages: Sequence[Message]) -> str | None:
         """A request of these messages came: what was being read is read another time.
 
         The conversation that they continue has come to its next turn already.
+
+        Returns:
+            The name of what was being read, if anything was.
         """
-        if self._current is not None:
-            self.add(*self._current)
-            self._current = None
+        current, self._current = self._current, None
+        if current is not None:
+            self.add(*current)
         for request_id, turn in tuple(self._waiting.items()):
             if list(messages[: len(turn.messages)]) == turn.messages:
                 del self._waiting[request_id]
+        return current[0] if current is not None else None
 
-    def next(self, model: LoadedModel) -> list[Request] | None:
-        """What to read now that the engine is idle, of the newest turn; None if none waits."""
+    def next(self) -> tuple[str, Turn] | None:
+        """What to read now that the engine is idle, the newest turn; None if none waits."""
         self._current = self._waiting.popitem() if self._waiting else None
-        if self._current is None:
-            return None
-        request_id, turn = self._current
-        requests = []
-        for reply in turn.next_replies():
-            try:
-                request = prepare_reading(request_id, model, turn.messages, reply, turn.options)
-            except NanorunError:  # nobody asked for it, so nobody is told
-                continue
-            if request is not None:
-                requests.append(request)
-        return requests
+        return self._current
+
+
+def prepare_readings(
+    request_id: str, model: LoadedModel, turn: Turn, check: Callable[[], None]
+) -> list[Request]:
+    """The requests that read a turn ahead; `check` may raise to end the work."""
+    requests = []
+    for reply in turn.next_replies():
+        check()
+        try:
+            request = prepare_reading(request_id, model, turn.messages, reply, turn.options, check)
+        except NanorunError:  # nobody asked for it, so nobody is told
+            continue
+        if request is not None:
+            requests.append(request)
+    return requests

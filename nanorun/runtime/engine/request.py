@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nanorun.chat.call_grammar import call_grammar, reply_grammar
 from nanorun.chat.markup import THINK
 from nanorun.chat.prompt import RenderedPrompt
-from nanorun.errors import UsageError
+from nanorun.errors import ModelError, UsageError
 from nanorun.model.chat import GenerateOptions, Message
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.prompt_state.prefixes import Tokens
@@ -20,6 +19,12 @@ from nanorun.runtime.reply.constraint import Form
 from nanorun.runtime.reply.dial import template_effort
 from nanorun.runtime.reply.reply import ReplySettings
 from nanorun.runtime.sampling.settings import settle_sampling
+
+Check = Callable[[], None]
+"""Called now and then by work that takes long; raises if nobody waits for it any more."""
+
+SHORT_CHARS = 2**14
+"""Text of this length is tokenized in some milliseconds, less than a batch takes."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -37,36 +42,11 @@ class Request:
     """Give way to requests that somebody waits for."""
 
 
-def needs_form(options: GenerateOptions) -> bool:
-    """Whether `compile_form` has anything to do."""
-    one_call = bool(options.tools) and not options.parallel_tool_calls
-    strict = any(tool["function"].get("strict") for tool in options.tools)
-    return options.grammar is not None or options.tool_choice == "required" or one_call or strict
-
-
-def compile_form(model: LoadedModel, options: GenerateOptions) -> Form | None:
-    """The form that an answer is to have, if any; may take a second, in any thread.
-
-    Raises:
-        UsageError: If a grammar has no meaning, or a call is required and there are no tools.
-    """
-    must_call = options.tool_choice == "required"
-    if must_call and not options.tools:
-        raise UsageError("a tool call is required, but there are no tools")
-    if not needs_form(options):
-        return None
-    call_tokens = model.call_tokens
-    if options.grammar is None and not must_call:
-        call = model.grammars.compile(call_grammar(options.tools, call_tokens=call_tokens))
-        only_one = not options.parallel_tool_calls
-        return Form(call=call, call_token=call_tokens[0], ends_with_call=only_one)
-    reply = model.grammars.compile(
-        reply_grammar(
-            options.grammar, options.tools, parallel=options.parallel_tool_calls,
-            call_tokens=call_tokens,
-        )
-    )  # fmt: skip
-    return Form(reply=reply, call_token=call_tokens[0])
+def is_short(messages: Sequence[Message], options: GenerateOptions) -> bool:
+    """Whether `prepare_request` takes some milliseconds at most."""
+    n_chars = sum(len(m.content) + len(m.thinking or "") for m in messages)
+    others = (options.tools, *(m.tool_calls for m in messages))
+    return n_chars <= SHORT_CHARS and n_chars + sum(len(str(o)) for o in others if o) <= SHORT_CHARS
 
 
 def prepare_request(
@@ -75,25 +55,32 @@ def prepare_request(
     messages: Sequence[Message],
     options: GenerateOptions,
     form: Form | None = None,
+    check: Check = lambda: None,
 ) -> Request:
-    """Render, tokenize and settle a request.
+    """Render, tokenize and settle a request; in any thread.
 
     Args:
         request_id: Its name.
         model: The model.
         messages: The conversation.
         options: How to answer.
-        form: What `compile_form` made of the options.
+        form: What `forms.compile_form` made of the options.
+        check: Called now and then; what it raises ends the work.
 
     Raises:
         UsageError: If the options or messages make no sense.
+        ModelError: If the model's template makes nothing of the messages.
     """
     if not messages:
         raise UsageError("there are no messages to answer")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UsageError(f"max_tokens {options.max_tokens} is less than 1")
     rendered = _render(model, messages, options)
-    prompt, boundaries = tokenize_prompt(model, rendered)
+    prompt, boundaries = tokenize_prompt(model, rendered, check)
+    if not len(prompt):  # nothing to read is nothing to go on from: the engine would wait for it
+        raise ModelError(
+            f"the chat template of {model.path.name} makes no prompt of these messages"
+        )
     thinks = not options.think.is_off and rendered.text.rstrip("\n").endswith(THINK)
     return Request(
         request_id, prompt, boundaries,
@@ -130,6 +117,7 @@ def prepare_reading(
     messages: Sequence[Message],
     reply: Message,
     options: GenerateOptions,
+    check: Check = lambda: None,
 ) -> Request | None:
     """What the next turn will begin with, known as soon as a reply is complete.
 
@@ -140,7 +128,7 @@ def prepare_reading(
     """
     following = [*messages, reply, Message("user", "?")]
     rendered = _render(model, following, options)
-    prompt, boundaries = tokenize_prompt(model, rendered)
+    prompt, boundaries = tokenize_prompt(model, rendered, check)
     i_next = len(messages) + 1
     ends = [
         position
@@ -165,12 +153,16 @@ def _render(
     )
 
 
-def tokenize_prompt(model: LoadedModel, rendered: RenderedPrompt) -> tuple[Tokens, tuple[int, ...]]:
+def tokenize_prompt(
+    model: LoadedModel, rendered: RenderedPrompt, check: Check = lambda: None
+) -> tuple[Tokens, tuple[int, ...]]:
     """Tokens of a prompt, shape `(n_prompt,)`, and the token positions of its boundaries."""
     tokens = array("i")
     positions: list[int] = []
     for stretch in rendered.stretches():
         for segment in stretch:
-            tokens.extend(model.tokenize_again(segment.text, segment.special))
+            for part in model.tokenizer.parts(segment.text):
+                check()
+                tokens.extend(model.tokenize_again(part, segment.special))
         positions.append(len(tokens))
     return np.array(tokens, np.int32), tuple(positions[:-1])

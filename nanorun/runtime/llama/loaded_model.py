@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import re
+import logging
 import time
 from functools import cached_property, lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from nanorun.chat.markup import CALL, END_CALL, END_TEXT, END_THINK, END_TURN
 from nanorun.chat.template import ChatTemplate
-from nanorun.errors import EngineError, ModelError
+from nanorun.errors import ModelError
 from nanorun.model.arch import HybridArch
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.ggml_type import GgmlType
@@ -21,14 +20,21 @@ from nanorun.model.gguf import GgufFile, read_gguf
 from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors
 from nanorun.runtime.llama.binding import engine_log, load_llama
+from nanorun.runtime.llama.engine_tokenizer import EngineTokenizer
 from nanorun.runtime.llama.params import model_params
 from nanorun.runtime.llama.token_cache import TokenCache
 from nanorun.runtime.reply.grammar import GrammarCompiler
 from nanorun.runtime.sampling.settings import SamplingSettings
+from nanorun.tokens.token_list import Kind, TokenList
+from nanorun.tokens.tokenizer import Tokenizer, trained_tokenizer
 
-# llama_token_type of llama.h, as tokenizer.ggml.token_type stores it
-_TYPE_CONTROL = 3
-_TYPE_USER_DEFINED = 4
+log = logging.getLogger(__name__)
+
+_ENGINE_TOKENS = (
+    "its tokenizer cannot be rebuilt exactly, so llama.cpp's is used: text with combining marks "
+    "(Hindi, Bengali, Tamil, Thai, Burmese, vowelled Arabic and Hebrew, decomposed accents) may "
+    "become other tokens than the model was trained on"
+)
 # llama.cpp's CPU backend lays weights of these types out anew at load time. Mapped as well, a file
 # would then be in memory twice (measured: 24.4 GB for 17.8 GB of Q4_0, 18.2 GB without mmap).
 _REPACKED = frozenset(
@@ -37,6 +43,19 @@ _REPACKED = frozenset(
 _LOAD_WITHOUT_MMAP = 0  # LLAMA_LOAD_MODE_NONE
 # Places of a file's data that its fingerprint looks at.
 _N_SAMPLES = 64
+
+
+def load_weights(llama: Any, gguf: GgufFile, params: Any) -> Any:
+    """The engine's handle of a model, None where it refuses the file; all files of a split one.
+
+    The engine finds the other files by the name of the first only if that ends in lower case.
+    """
+    paths = [str(part.path).encode() for part in gguf.parts]
+    if len(paths) == 1:
+        return llama.llama_model_load_from_file(paths[0], params)
+    return llama.llama_model_load_from_splits(
+        (ctypes.c_char_p * len(paths))(*paths), len(paths), params
+    )
 
 
 class LoadedModel:
@@ -68,7 +87,7 @@ class LoadedModel:
         if writable or (not self._llama.llama_supports_gpu_offload() and self._is_repacked):
             params.load_mode = _LOAD_WITHOUT_MMAP
         engine_log.clear()
-        self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = load_weights(self._llama, self.gguf, params)
         if not self.handle:
             raise ModelError(
                 f"{path.name} could not be loaded by llama.cpp", facts=engine_log.problems()
@@ -116,8 +135,12 @@ class LoadedModel:
             ModelError: If the file carries no template.
         """
         source = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str):
-            raise ModelError(f"{self.path.name} has no chat template")
+        if not isinstance(source, str) or not source.strip():
+            raise ModelError(
+                f"{self.path.name} has no chat template",
+                facts=["a file that is converted anew can be given that of the family"],
+                tries=["nanorun convert SRC --chat-template family"],
+            )
         specials = [text for text, _ in self._markup]
         return ChatTemplate(source, special_tokens=specials, name=self.path.name)
 
@@ -127,34 +150,19 @@ class LoadedModel:
         Raises:
             ModelError: If the template is unusable; the request that needs it will say so.
         """
-        _ = self.template, self.control_tokens, self.end_tokens, self._defined_markup
+        _ = self.template, self.control_tokens, self.end_tokens, self.tokenizer
 
     @cached_property
     def control_tokens(self) -> frozenset[int]:
         """Tokens that are markup, never text."""
         types = self.metadata.get("tokenizer.ggml.token_type", [])
-        return frozenset(i for i, kind in enumerate(types) if kind == _TYPE_CONTROL)
-
-    @cached_property
-    def _defined_markup(self) -> re.Pattern[str] | None:
-        """Matches user-defined tokens that look like tags."""
-        texts = [text for text, kind in self._markup if kind == _TYPE_USER_DEFINED]
-        if not texts:
-            return None
-        texts.sort(key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, texts)))
+        return frozenset(i for i, kind in enumerate(types) if kind == Kind.CONTROL)
 
     @property
     def _markup(self) -> list[tuple[str, int]]:
         """Control tokens, and user-defined ones that look like tags: their texts and types."""
-        tokens = self.metadata.get("tokenizer.ggml.tokens", [])
-        types = self.metadata.get("tokenizer.ggml.token_type", [])
-        return [
-            (text, kind)
-            for text, kind in zip(tokens, types, strict=False)
-            if kind == _TYPE_CONTROL
-            or (kind == _TYPE_USER_DEFINED and text.startswith("<") and text.endswith(">"))
-        ]
+        tokens = TokenList.from_metadata(self.metadata)
+        return tokens.markup() if tokens else []
 
     @cached_property
     def end_tokens(self) -> frozenset[int]:
@@ -230,6 +238,15 @@ class LoadedModel:
         tokens = self.tokenize(text, special=True)
         return tokens if len(tokens) == 1 else []
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """As the model was trained where the file allows it, else llama.cpp's."""
+        trained = trained_tokenizer(self.metadata)
+        if trained is not None:
+            return trained
+        log.warning("%s: %s", self.path.name, _ENGINE_TOKENS)
+        return EngineTokenizer(self._llama, self.vocab, TokenList.from_metadata(self.metadata))
+
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text, without a BOS.
 
@@ -240,34 +257,14 @@ class LoadedModel:
         Raises:
             EngineError: If the tokenizer refuses the text.
         """
-        if not special and self._defined_markup is not None:
-            # llama.cpp matches user-defined tokens even in plain text; a cut after their first
-            # character makes them text again.
-            cuts = [match.start() + 1 for match in self._defined_markup.finditer(text)]
-            parts = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
-            return [token for part in parts for token in self._tokenize(part, special=False)]
-        return self._tokenize(text, special=special)
+        return self.tokenizer.encode(text, special=special)
 
     @cached_property
     def tokenize_again(self) -> TokenCache:
         """`tokenize` for texts that are likely to come back."""
         return TokenCache(lambda text, special: self.tokenize(text, special=special), 2**25)
 
-    def _tokenize(self, text: str, *, special: bool) -> list[int]:
-        data = text.encode("utf-8", "replace")
-        n_max = len(data) + 8
-        buffer = (ctypes.c_int32 * n_max)()
-        n = self._llama.llama_tokenize(self.vocab, data, len(data), buffer, n_max, False, special)
-        if n < 0:
-            raise EngineError(f"a text of {len(data)} bytes could not be tokenized")
-        return list(buffer[:n])
-
     @lru_cache(maxsize=4096)  # noqa: B019  # one model lives as long as its process
     def piece(self, token: int) -> bytes:
         """The bytes that a token stands for; control tokens give their text."""
-        buffer = ctypes.create_string_buffer(256)
-        n = self._llama.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
-        if n < 0:
-            buffer = ctypes.create_string_buffer(-n)
-            n = self._llama.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
-        return buffer.raw[:n]
+        return self.tokenizer.piece(token)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -84,6 +85,7 @@ def score_text(
     text: str,
     n_ctx: int,
     progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> ScoreResult:
     """Perplexity of a text, in a context of its own.
 
@@ -93,15 +95,19 @@ def score_text(
         text: At least two tokens.
         n_ctx: Tokens of a chunk; a shorter text is one chunk.
         progress: Called with chunks done and chunks in all.
+        check: Called now and then; what it raises ends the work.
 
     Raises:
         UsageError: If the text or `n_ctx` is too short.
     """
     loss, n_scored = 0.0, 0
-    for part in predictions(model, options, Source(text, n_ctx).chunks(model), progress):
-        losses = -log_softmax(part.logits)[np.arange(len(part.targets)), part.targets]
-        loss += float(losses.sum())
-        n_scored += len(losses)
+    chunks = Source(text, n_ctx).chunks(model)
+    with closing(predictions(model, options, chunks, progress)) as parts:
+        for part in parts:
+            check()
+            losses = -log_softmax(part.logits)[np.arange(len(part.targets)), part.targets]
+            loss += float(losses.sum())
+            n_scored += len(losses)
     return ScoreResult(n_scored, math.exp(loss / n_scored))
 
 
@@ -110,7 +116,7 @@ def predictions(
     options: EngineOptions,
     chunks: Sequence[list[int]],
     progress: Progress | None = None,
-) -> Iterator[Predictions]:
+) -> Generator[Predictions]:
     """The predictions that count, some rows at a time, in the order of the text."""
     sizes = replace(
         options, n_ctx=len(chunks[0]), n_parallel=1, n_seq_spare=0, n_batch=N_ROWS,

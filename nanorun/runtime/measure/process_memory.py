@@ -6,11 +6,9 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
-from nanorun.model.cuda import visible_gpus
+from nanorun.model.nvml import Nvml, NvmlGpu, open_nvml
 
 _PEAK_INTERVAL_S = 0.05
 _ROLLUP = Path("/proc/self/smaps_rollup")
@@ -75,27 +73,15 @@ class GpuMemory:
 
 def _used_by_gpu(pid: int | None = None) -> dict[str, int]:
     """Bytes used of each GPU, by everyone or by one process; empty without a driver."""
-    try:
-        nvml = import_module("pynvml")
-        nvml.nvmlInit()
-    except Exception:
-        return {}
-    try:
-        handles = [
-            nvml.nvmlDeviceGetHandleByIndex(i) for i in visible_gpus(nvml.nvmlDeviceGetCount())
-        ]
-        pairs = [(f"CUDA{i}", _used(nvml, handle, pid)) for i, handle in enumerate(handles)]
-        return {name: used for name, used in pairs if used is not None}
-    finally:
-        nvml.nvmlShutdown()
+    with open_nvml() as nvml:
+        pairs = [(f"CUDA{i}", _used(nvml, gpu, pid)) for i, gpu in enumerate(nvml.gpus())]
+    return {name: used for name, used in pairs if used is not None}
 
 
-def _used(nvml: Any, handle: Any, pid: int | None) -> int | None:
-    try:
-        if pid is None:
-            return int(nvml.nvmlDeviceGetMemoryInfo(handle).used)
-        processes = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except nvml.NVMLError:
+def _used(nvml: Nvml, gpu: NvmlGpu, pid: int | None) -> int | None:
+    if pid is None:
+        memory = nvml.memory(gpu)
         # GB10 and Jetson have no memory of their own to ask for.
-        return None
+        return memory.used if memory is not None and memory.total else None
+    processes = nvml.ask("nvmlDeviceGetComputeRunningProcesses", gpu) or ()
     return next((int(p.usedGpuMemory) for p in processes if p.pid == pid and p.usedGpuMemory), None)

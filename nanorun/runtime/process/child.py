@@ -26,6 +26,7 @@ from nanorun.runtime.process.frames import (
     Ready,
     Request,
 )
+from nanorun.runtime.process.last_words import shown
 from nanorun.runtime.process.oom import count_oom_kills, died_of_memory
 
 _N_STDERR_LINES = 40
@@ -216,16 +217,17 @@ class Child:
 
     def _cause_of_death(self, code: int) -> EngineDied:
         last_words = list(self._stderr)[-6:]
+        facts = shown(last_words)
         if self._stopping:
-            return EngineDied("the engine was closed", facts=last_words)
+            return EngineDied("the engine was closed", facts=facts)
         if self._hung:
-            return EngineDied(f"the engine's process {self._hung} and was ended", facts=last_words)
+            return EngineDied(f"the engine's process {self._hung} and was ended", facts=facts)
         if died_of_memory(code, self._oom_kills, last_words):
             return EngineOutOfMemory(
                 f"the engine's process {process_ending(code)} because memory ran out",
-                facts=last_words,
+                facts=facts,
             )
-        return EngineDied(f"the engine's process {process_ending(code)}", facts=last_words)
+        return EngineDied(f"the engine's process {process_ending(code)}", facts=facts)
 
     async def _read_stderr(self) -> None:
         """Keep the last lines; a line of any length must not stop this, or the child waits."""

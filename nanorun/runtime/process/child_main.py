@@ -22,7 +22,7 @@ def run_as_child(serve: Callable[[BinaryIO, BinaryIO], None]) -> None:
     _die_with_parent()
     # Ctrl-C and a service manager's stop reach the whole process group. The parent decides: it may
     # still want to finish something, and closes stdin when it is done.
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     sink = os.fdopen(os.dup(1), "wb")

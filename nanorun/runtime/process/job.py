@@ -32,6 +32,7 @@ from nanorun.runtime.process.frames import (
     Progress,
     Result,
 )
+from nanorun.runtime.process.last_words import shown
 from nanorun.runtime.process.oom import count_oom_kills, died_of_memory
 
 Report = Callable[..., None]
@@ -93,11 +94,12 @@ def run_job(
         raise answer.error
     if answer is not None:
         return answer.value
-    facts = last_lines.wait()
+    last_words = last_lines.wait()
+    facts = shown(last_words)
     if expired.is_set():
         raise EngineDied(f"the engine gave no answer in {timeout_s:g} s", facts=facts)
     ending = f"the engine's process {process_ending(code)}"
-    if died_of_memory(code, oom_kills, facts):
+    if died_of_memory(code, oom_kills, last_words):
         raise EngineOutOfMemory(f"{ending} because memory ran out", facts=facts)
     raise EngineDied(ending, facts=facts)
 

@@ -300,7 +300,7 @@ class RemoteReply:
 
     def _call_events(self, draft: _CallDraft) -> list[Event]:
         entry = {"name": draft.name, "arguments": "".join(draft.arguments)}
-        (parsed,) = calls_from_json(json.dumps(entry), "", self._tools, cut_off=True)
+        (parsed,) = calls_from_json(json.dumps(entry), self._tools)
         call_id = draft.id or f"call_{secrets.token_hex(6)}_{self._n_calls}"
         call = ToolCall(call_id, parsed.name, parsed.arguments)
         self._n_calls += 1

@@ -6,15 +6,13 @@ The mask of the next token is computed in another thread while the engine evalua
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 
-from nanorun.runtime.reply.grammar import Matcher
+from nanorun.runtime.reply.grammar import MakeMatcher, Matcher
 from nanorun.runtime.sampling.draw import Ids
-
-MakeMatcher = Callable[[], Matcher]
 
 # llguidance recurses into a regular expression until it has built too many parts of it, which
 # needs up to 32 MiB with `(a{1000}){1000}`; only what is used becomes memory.

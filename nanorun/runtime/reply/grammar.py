@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from threading import Lock
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,8 +16,13 @@ from nanorun.runtime.sampling.draw import Ids
 
 # More than any schema that people write; llguidance's own default would let one take seconds.
 _MAX_GRAMMAR_CHARS = 500_000
+_MOST_CACHED = 16
+"""Forms kept compiled: an agent sends the same tools with every request."""
 # Lines of the grammar that a message repeats: `   3 | answer: ...`
 _ECHO = re.compile(r"\s*\d+ \| ")
+
+
+T = TypeVar("T")
 
 
 class GrammarCompiler:
@@ -29,6 +36,8 @@ class GrammarCompiler:
     def __init__(self, vocab: Any, end_token: int) -> None:
         self._vocab = vocab
         self._end_token = end_token
+        self._cache: OrderedDict[str, Any] = OrderedDict()  # the one used last at the end
+        self._cache_lock = Lock()
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -42,8 +51,31 @@ class GrammarCompiler:
             ) from error
         return lltokenizer_from_vocab(self._vocab, eos_token=self._end_token)
 
-    def compile(self, lark: str) -> Callable[[], Matcher]:
+    def cached(self, key: str, make: Callable[[], T]) -> T:
+        """What was made for the key before, or is made now; failures are not kept.
+
+        Args:
+            key: All that the result depends on.
+            make: Called without the lock, so two threads may make the same.
+        """
+        with self._cache_lock:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                found: T = self._cache[key]
+                return found
+        made = make()
+        with self._cache_lock:
+            self._cache[key] = made
+            if len(self._cache) > _MOST_CACHED:
+                self._cache.popitem(last=False)
+        return made
+
+    def compile(self, lark: str, *, may_break: bool = False) -> MakeMatcher:
         """Compile a grammar in llguidance's dialect of Lark.
+
+        Args:
+            lark: The grammar.
+            may_break: Whether a reply goes on freely where the grammar turns out too complex.
 
         Returns:
             Makes a matcher that stands at the grammar's beginning; cheap.
@@ -58,14 +90,23 @@ class GrammarCompiler:
         first = LLMatcher(self._tokenizer, LLMatcher.grammar_from_lark(lark), log_level=0)
         if first.is_error():
             raise UsageError("the grammar cannot be used", facts=_explain(first.get_error()))
-        return lambda: Matcher(first.deep_copy(), self._tokenizer.vocab_size)
+        n_vocab = self._tokenizer.vocab_size
+        return lambda: Matcher(first.deep_copy(), n_vocab, may_break=may_break)
 
 
 class Matcher:
-    """Where a reply stands in a grammar."""
+    """Where a reply stands in a grammar.
 
-    def __init__(self, matcher: Any, n_vocab: int) -> None:
+    Args:
+        matcher: llguidance's.
+        n_vocab: Tokens of the vocabulary.
+        may_break: Whether anything may follow where the grammar turns out too complex.
+    """
+
+    def __init__(self, matcher: Any, n_vocab: int, *, may_break: bool = False) -> None:
         self._matcher = matcher
+        self._n_vocab = n_vocab
+        self._may_break = may_break
         self._mask = np.zeros((1, -(-n_vocab // 32)), np.int32)
 
     def allowed(self) -> Ids:
@@ -74,12 +115,14 @@ class Matcher:
         The interpreter's lock is released meanwhile.
 
         Raises:
-            UsageError: If the grammar turned out too complex.
+            UsageError: If the grammar turned out too complex, and may not break.
         """
         from llguidance.numpy import fill_next_token_bitmask
 
         fill_next_token_bitmask(self._matcher, self._mask)
         if self._matcher.is_error():
+            if self._may_break:
+                return np.arange(self._n_vocab)
             raise UsageError("the grammar broke down", facts=_explain(self._matcher.get_error()))
         bits = np.unpackbits(self._mask[0].view(np.uint8), bitorder="little")
         return np.flatnonzero(bits)
@@ -100,6 +143,10 @@ class Matcher:
     def is_over(self) -> bool:
         """Whether the form is complete, so that nothing more may come."""
         return bool(self._matcher.is_stopped() and not self._matcher.is_error())
+
+
+MakeMatcher = Callable[[], Matcher]
+"""Makes a matcher that stands at the beginning of its grammar."""
 
 
 def _explain(text: str) -> list[str]:

@@ -173,6 +173,36 @@ def test_field_that_changes_the_maths_is_refused_by_name(name: str) -> None:
     assert f": {name}: " in refused(TINY | {name: UNSUPPORTED[name]})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("_attn_implementation_autoset", True),
+        ("attn_implementation", "eager"),
+        ("unsloth_version", "2026.1.1"),
+        ("unsloth_fixed", True),
+        ("tokenizer_class", "PreTrainedTokenizerFast"),
+        ("max_length", 20),
+        ("top_p", 0.9),
+        ("temperature", 0.7),
+        ("do_sample", True),
+        ("problem_type", "single_label_classification"),
+        ("model_max_length", 4096),
+        ("is_decoder", True),
+        ("pretraining_tp", 1),
+        ("_commit_hash", "0123456789abcdef"),
+        ("finetuning_task", "chat"),
+        ("gradient_checkpointing", True),
+        ("num_labels", 2),
+        ("trust_remote_code", True),
+        ("repetition_penalty", 1.1),
+        ("num_return_sequences", 1),
+        ("typical_p", 1.0),
+    ],
+)
+def test_bookkeeping_does_not_change_the_shape(name: str, value: Any) -> None:
+    assert arch_of(NANO_CONFIG | {name: value}) == arch_of(NANO_CONFIG)
+
+
 @pytest.mark.parametrize("off", [None, False, 0, 0.0, "", [], {}])
 def test_unknown_field_that_is_off_is_accepted(off: Any) -> None:
     assert arch_of(TINY | {"attention_logit_softcapping": off}) == arch_of(TINY)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from nanorun.errors import ModelError
+from nanorun.model.gguf import read_gguf
+from nanorun.tokens.tokenizer import trained_tokenizer
 from nanorun_converters.convert import ConvertOptions, convert
 from nanorun_converters.family.tokenizer import (
     PRE_TOKENIZERS,
@@ -301,3 +303,31 @@ def test_added_token_that_is_not_special_is_the_users(tmp_path: Path) -> None:
 
     types = vocabulary_of(with_tokenizer(tmp_path, edit)).types
     assert types[390:392] == (TokenType.USER_DEFINED, TokenType.CONTROL)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_token_that_only_a_companion_names_is_a_token(file: str, tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path)
+    named: dict[str, Any] = {"<|tool|>": 391}
+    if file == "tokenizer_config.json":
+        entry = {"content": "<|tool|>", "special": True, "lstrip": False, "rstrip": False}
+        named = {"added_tokens_decoder": {"391": entry}}
+    write_json(folder / file, named)
+    vocabulary = vocabulary_of(folder)
+    assert vocabulary.tokens[391] == "<|tool|>"
+    assert vocabulary.types[391] is TokenType.CONTROL
+    assert vocabulary.tokens[390] == "[PAD390]"
+    path = tmp_path / "out.gguf"
+    convert(folder, ConvertOptions(out=path, recipe="f32"))
+    tokenizer = trained_tokenizer(read_gguf(path).metadata)
+    assert tokenizer is not None
+    assert tokenizer.encode("a<|tool|>", special=True)[-1] == 391
+    assert 391 not in tokenizer.encode("a<|tool|>", special=False)
+
+
+def test_companion_token_beyond_the_rows_names_the_setting(tmp_path: Path) -> None:
+    folder = with_tokenizer(tmp_path)
+    write_json(folder / "added_tokens.json", {"<|far|>": N_VOCAB})
+    with pytest.raises(ModelError, match="vocab_size 400") as caught:
+        vocabulary_of(folder)
+    assert "resize_token_embeddings" in " ".join(caught.value.facts)

@@ -287,3 +287,44 @@ def test_calibration_of_the_kv_cache_is_no_part_of_the_model(tmp_path: Path) -> 
     source, _ = write_quantized_model(tmp_path, mixed, edit=calibrate, **SIZES)
     convert(source, ConvertOptions(out=tmp_path / "out.gguf"))
     assert GgmlType.Q8_0 in {t.type for t in read_gguf(tmp_path / "out.gguf").tensors.values()}
+
+
+def test_factor_of_zero_is_said_by_its_name(tmp_path: Path) -> None:
+    zeroed = "backbone.layers.1.mixer.experts.2.up_proj"
+
+    def edit(stored: Stored) -> None:
+        stored[f"{zeroed}.weight_scale_2"] = ("F32", (), bytes(4))
+
+    source, _ = write_quantized_model(
+        tmp_path, all_linear(nvfp4_modelopt), scheme=MODELOPT, edit=edit, **SIZES
+    )
+    note = (
+        f"{source / 'model.safetensors'}: tensor '{zeroed}.weight_scale_2' is 0:"
+        f" all of '{zeroed}.weight' becomes 0"
+    )
+    for types in (KEPT, {}):
+        out = tmp_path / f"{len(types)}.gguf"
+        result = convert(source, ConvertOptions(out=out, recipe="f32", type_map=types))
+        assert result.notes == (note,)
+
+
+@pytest.mark.parametrize("types", [KEPT, {}], ids=["kept", "decoded"])
+def test_codes_that_are_counted_one_by_one_are_the_same_codes(
+    types: dict[str, str], tmp_path: Path
+) -> None:
+    def count_codes(stored: Stored) -> None:
+        for name, (dtype, shape, raw) in stored.items():
+            if dtype == "U8":
+                stored[name] = ("F4", (*shape[:-1], 2 * shape[-1]), raw)
+
+    files = []
+    for edit in (None, count_codes):
+        folder = tmp_path / f"{len(files)}" / "model"
+        source, _ = write_quantized_model(
+            folder, all_linear(nvfp4_modelopt), scheme=MODELOPT, edit=edit, **SIZES
+        )
+        out = folder / "out.gguf"
+        convert(source, ConvertOptions(out=out, recipe="f32", type_map=types))
+        gguf = read_gguf(out)
+        files.append({name: tensor_data(gguf, name).tobytes() for name in gguf.tensors})
+    assert files[0] == files[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from threading import Barrier
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 
 from nanorun.errors import ModelError
-from nanorun_converters.source.files import LocalFiles
+from nanorun_converters.source.files import LocalFiles, local_file
 from nanorun_converters.source.open import open_source
-from nanorun_converters.source.source_model import decode
+from nanorun_converters.source.source_model import decode, read_json
 from tests.support.source_models import encode, write_json, write_source_model
+from tests.support.waiting import PATIENCE_S
 
 INDEX = "model.safetensors.index.json"
 
@@ -29,6 +31,34 @@ def edit_index(folder: Path, name: str, file: object) -> None:
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"][name] = file
     write_json(folder / INDEX, index)
+
+
+def test_leftover_of_macos_is_no_file_of_weights(tmp_path: Path) -> None:
+    folder = write_source_model(tmp_path / "model", n_shards=1)
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    tensors = open_source(folder).tensors.keys()
+    for path in list(folder.iterdir()):
+        (folder / f"._{path.name}").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X")
+    assert open_source(folder).tensors.keys() == tensors
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+def test_byte_order_mark_is_no_part_of_the_text(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(codecs.BOM_UTF8 + b'{"a": 1}')
+    store = local_file(path)
+    assert store is not None
+    assert read_json(store, name) == {"a": 1}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_refused_by_its_name(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes("\ufeff{}".encode(encoding))
+    store = local_file(path)
+    assert store is not None
+    with pytest.raises(ModelError, match=r"config\.json: expected text in UTF-8, found UTF-16"):
+        read_json(store, str(path))
 
 
 @pytest.mark.parametrize("n_shards", [1, 3])
@@ -162,7 +192,7 @@ class _Gate:
 
     def read(self, offset: int, n_bytes: int) -> Any:
         if not self._is_open:
-            self._barrier.wait(timeout=10)
+            self._barrier.wait(timeout=PATIENCE_S)
             self._is_open = True
         return self._store.read(offset, n_bytes)
 

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -18,6 +17,16 @@ from nanorun.plan.machine.hardware import (
     read_profile,
 )
 from tests.plan.profiles import NAMES, profile
+from tests.support.fake_nvml import (
+    DRIVER_NOT_LOADED,
+    GPU_IS_LOST,
+    LIBRARY_NOT_FOUND,
+    MISMATCH,
+    NOT_SUPPORTED,
+    FakeNvml,
+    NoTextError,
+    NVMLError,
+)
 
 GIB = 2**30
 HOST = Host(description="cpu", total_bytes=128 * GIB, available_bytes=100 * GIB, n_cores=20)
@@ -80,67 +89,25 @@ def test_cpu_quota_rounds_up(tmp_path: Path) -> None:
     assert n_cpus_allowed(proc, tmp_path / "root") >= 1
 
 
-class FakeNvml:
-    """The driver's library as far as it is asked."""
-
-    NVML_CLOCK_MEM, NVML_CLOCK_SM = 2, 1
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, n_devices: int = 1, *, has_memory: bool = True) -> None:
-        self.n_devices, self.has_memory = n_devices, has_memory
-        self.is_open = False
-
-    def nvmlInit(self) -> None:
-        self.is_open = True
-
-    def nvmlShutdown(self) -> None:
-        self.is_open = False
-
-    def nvmlDeviceGetCount(self) -> int:
-        return self.n_devices
-
-    def nvmlDeviceGetHandleByIndex(self, i: int) -> int:
-        return i
-
-    def nvmlDeviceGetName(self, handle: int) -> str:
-        return f"NVIDIA GeForce RTX 4090 #{handle}"
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
-        if not self.has_memory:
-            raise self.NVMLError("Not Supported")
-        return SimpleNamespace(total=24 * GIB, free=23 * GIB)
-
-    def nvmlDeviceGetMemoryBusWidth(self, handle: int) -> int:
-        return 384
-
-    def nvmlDeviceGetMaxClockInfo(self, handle: int, kind: int) -> int:
-        return 10501 if kind == self.NVML_CLOCK_MEM else 3105
-
-    def nvmlDeviceGetNumGpuCores(self, handle: int) -> int:
-        raise self.NVMLError("Not Supported")
-
-
-def use(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml) -> None:
-    monkeypatch.setattr(hardware, "import_module", lambda name: nvml)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-
 def test_gpu_with_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = FakeNvml()
-    use(monkeypatch, nvml)
-    (gpu,) = detect_nvidia(HOST)
+    nvml.fail("nvmlDeviceGetNumGpuCores", NVMLError(NOT_SUPPORTED))
+    nvml.install(monkeypatch)
+    ((gpu,), faults) = detect_nvidia(HOST)
+    assert faults == []
     assert (gpu.name, gpu.total_bytes, gpu.free_bytes) == ("CUDA0", 24 * GIB, 23 * GIB)
     assert gpu.bandwidth == pytest.approx(1008e9, rel=0.001)
     assert gpu.flops == 0.0
     assert not gpu.is_unified
-    assert not nvml.is_open
+    assert nvml.n_open == 0
 
 
 def test_gpu_without_memory_of_its_own_shares_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, FakeNvml(has_memory=False))
-    (gpu,) = detect_nvidia(HOST)
+    nvml = FakeNvml()
+    nvml.fail("nvmlDeviceGetMemoryInfo", NVMLError(NOT_SUPPORTED))
+    nvml.install(monkeypatch)
+    ((gpu,), faults) = detect_nvidia(HOST)
+    assert faults == []
     assert gpu.is_unified
     assert (gpu.total_bytes, gpu.free_bytes) == (HOST.total_bytes, HOST.available_bytes)
 
@@ -152,30 +119,116 @@ def test_gpu_without_memory_of_its_own_shares_the_hosts(monkeypatch: pytest.Monk
 def test_hidden_gpus_are_not_planned_with(
     monkeypatch: pytest.MonkeyPatch, setting: str, shown: list[str]
 ) -> None:
-    use(monkeypatch, FakeNvml(2 if "GPU" in setting else 3))
+    FakeNvml(2 if "GPU" in setting else 3).install(monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
-    gpus = detect_nvidia(HOST)
+    gpus, _ = detect_nvidia(HOST)
     assert [gpu.description[-2:] for gpu in gpus] == shown
     assert [gpu.name for gpu in gpus] == [f"CUDA{i}" for i in range(len(gpus))]
 
 
 def test_machine_without_a_driver_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(hardware, "import_module", missing)
-    assert detect_nvidia(HOST) == []
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert detect_nvidia(HOST) == ([], [])
+    nvml = FakeNvml().install(monkeypatch)
+    nvml.fail("nvmlInit", NVMLError(LIBRARY_NOT_FOUND))
+    assert detect_nvidia(HOST) == ([], [])
 
 
 @pytest.mark.parametrize("has_cuda", [True, False])
 def test_gpu_counts_only_if_the_engine_was_built_for_it(
     monkeypatch: pytest.MonkeyPatch, has_cuda: bool
 ) -> None:
-    use(monkeypatch, FakeNvml())
+    FakeNvml().install(monkeypatch)
     monkeypatch.setattr(hardware, "engine_has_backend", lambda name: has_cuda)
     found = detect_hardware()
     assert len(found.accelerators) == has_cuda
     assert len(found.unusable) == (not has_cuda)
+
+
+BROKEN_NAME = UnicodeDecodeError("utf-8", b"NVIDIA RTX \xf0\x9f", 11, 13, "unexpected end of data")
+HARMLESS = {
+    "name": ("nvmlDeviceGetName", BROKEN_NAME, "not UTF-8"),
+    "name of a lost GPU": ("nvmlDeviceGetName", NVMLError(GPU_IS_LOST), "fell off the bus"),
+    "bus": ("nvmlDeviceGetMemoryBusWidth", NVMLError(999), "the driver does not say why"),
+    "clock": ("nvmlDeviceGetMaxClockInfo", OSError("cut off"), "how fast this GPU is"),
+    "old driver": ("nvmlDeviceGetNumGpuCores", NVMLError(13), "too old for this question"),
+    "shutdown": ("nvmlShutdown", NVMLError(1), "nothing is lost"),
+}
+
+
+@pytest.mark.parametrize("case", HARMLESS)
+def test_failing_question_leaves_the_gpu_usable(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    call, error, meaning = HARMLESS[case]
+    nvml = FakeNvml().install(monkeypatch)
+    nvml.fail(call, error)
+    ((gpu,), (fault,)) = detect_nvidia(HOST)
+    assert gpu.free_bytes == 23 * GIB
+    assert call in str(fault)
+    assert meaning in str(fault)
+    assert not fault.costs_gpu
+
+
+@pytest.mark.parametrize("name", [b"NVIDIA RTX\xf0\x9f", "NVIDIA RTX", BROKEN_NAME])
+def test_name_is_what_of_it_is_text(
+    monkeypatch: pytest.MonkeyPatch, name: str | bytes | Exception
+) -> None:
+    nvml = FakeNvml().install(monkeypatch)
+    if isinstance(name, Exception):
+        nvml.fail("nvmlDeviceGetName", name)
+    else:
+        monkeypatch.setattr(nvml, "nvmlDeviceGetName", lambda _handle: name)
+    ((gpu,), _) = detect_nvidia(HOST)
+    assert gpu.description == "NVIDIA RTX"
+
+
+@pytest.mark.parametrize("call", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetMemoryInfo"])
+def test_lost_gpu_leaves_the_others(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    nvml = FakeNvml(3).install(monkeypatch)
+    nvml.fail(call, NVMLError(GPU_IS_LOST, "GPU is lost"), gpu=1)
+    gpus, (fault,) = detect_nvidia(HOST)
+    assert [gpu.description[-2:] for gpu in gpus] == ["#0", "#2"]
+    assert [gpu.name for gpu in gpus] == ["CUDA0", "CUDA1"]
+    assert str(fault) == (
+        f"NVIDIA's driver failed in {call} of GPU 1 (GPU is lost): it fell off the bus, and a"
+        " restart of the machine brings it back; this GPU is not used"
+    )
+    assert fault.costs_gpu
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        ("nvmlInit", NVMLError(MISMATCH)),
+        ("nvmlInit", NVMLError(DRIVER_NOT_LOADED)),
+        ("nvmlInit", OSError("libnvidia-ml.so.1: invalid ELF header")),
+        ("nvmlDeviceGetCount", NVMLError(GPU_IS_LOST)),
+        ("nvmlDeviceGetCount", NoTextError(999)),
+    ],
+)
+def test_failing_driver_leaves_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    FakeNvml().install(monkeypatch).fail(call, error)
+    found = detect_hardware()
+    assert (found.accelerators, found.unusable) == ((), ())
+    assert found.host.n_cores >= 1
+    assert [(fault.call, fault.costs_gpu) for fault in found.faults] == [(call, True)]
+
+
+ALL_CALLS = [name for name in dir(FakeNvml) if name.startswith("nvml")]
+
+
+@pytest.mark.parametrize("call", ALL_CALLS)
+def test_binding_that_lacks_a_function_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    FakeNvml().install(monkeypatch).lack(call)
+    found = detect_hardware()
+    assert found.host.n_cores >= 1
+    if call != "nvmlDeviceGetComputeRunningProcesses":  # nobody asks for it here
+        (fault,) = found.faults
+        assert fault.call.startswith(call)
+        assert "pip install --upgrade nvidia-ml-py" in fault.meaning
 
 
 def test_this_machine_is_described() -> None:

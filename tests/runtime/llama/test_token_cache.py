@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import random
+import sys
+import threading
 import tracemalloc
 
 from nanorun.runtime.llama.token_cache import TokenCache
@@ -49,3 +52,30 @@ def test_many_short_texts_keep_to_the_budget() -> None:
     n_bytes, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert 2**19 < n_bytes <= 1.25 * 2**20
+
+
+def test_threads_may_share_it() -> None:
+    n_bytes = 40 * BYTES_OF_THREE_LETTERS
+    cache = TokenCache(lambda text, _special: [ord(letter) for letter in text], n_bytes)
+    wrong: list[str] = []
+
+    def use(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(5000):
+            text = f"{rng.randrange(100):03}"
+            if list(cache(text, False)) != [ord(letter) for letter in text]:
+                wrong.append(text)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=use, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+    held = sum(2 * len(text) + 4 * len(text) + 320 for (text, _), _ in cache._known.items())
+    assert cache._n_bytes == held <= n_bytes

@@ -1,67 +1,38 @@
 from __future__ import annotations
 
-import os
+import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
 
-from nanorun.runtime.measure import process_memory
 from nanorun.runtime.measure.process_memory import (
     GpuMemory,
     peak_resident,
     proportional_bytes,
     resident_bytes,
 )
+from tests.support.fake_nvml import GPU_IS_LOST, NOT_SUPPORTED, FakeNvml, NVMLError
 
 MIB = 2**20
 
 
-class FakeNvml:
-    """The driver's library as far as it is asked: used bytes of each GPU, and of each process."""
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, used: list[int | None], mine: list[int | None]) -> None:
-        self.used, self.mine = used, mine
-        self.n_open = 0
-
-    def nvmlInit(self) -> None:
-        self.n_open += 1
-
-    def nvmlShutdown(self) -> None:
-        self.n_open -= 1
-
-    def nvmlDeviceGetCount(self) -> int:
-        return len(self.used)
-
-    def nvmlDeviceGetHandleByIndex(self, i: int) -> int:
-        return i
-
-    def nvmlDeviceGetMemoryInfo(self, handle: int) -> Any:
-        if self.used[handle] is None:
-            raise self.NVMLError("Not Supported")
-        return SimpleNamespace(used=self.used[handle])
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:
-        mine = SimpleNamespace(pid=os.getpid(), usedGpuMemory=self.mine[handle])
-        return [SimpleNamespace(pid=1, usedGpuMemory=77 * MIB), mine]
-
-
-def use(monkeypatch: pytest.MonkeyPatch, nvml: FakeNvml, visible: str | None = None) -> None:
-    monkeypatch.setattr(process_memory, "import_module", lambda _name: nvml)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def gpus(
+    monkeypatch: pytest.MonkeyPatch,
+    used: list[int],
+    mine: list[int | None],
+    visible: str | None = None,
+) -> FakeNvml:
+    nvml = FakeNvml(len(used)).install(monkeypatch)
+    nvml.used, nvml.mine = used, mine
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    return nvml
 
 
 def test_what_the_driver_counts_for_the_process_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvml = FakeNvml(used=[100 * MIB, 0], mine=[500 * MIB, None])
-    use(monkeypatch, nvml)
+    nvml = gpus(monkeypatch, used=[100 * MIB, 0], mine=[500 * MIB, None])
     memory = GpuMemory()
     nvml.used = [900 * MIB, 300 * MIB]
     # The second does not know the process, as in a container: what the GPU gained stands for it.
@@ -70,8 +41,20 @@ def test_what_the_driver_counts_for_the_process_is_taken(monkeypatch: pytest.Mon
 
 
 def test_gpu_without_memory_of_its_own_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, FakeNvml(used=[None], mine=[None]))
+    nvml = gpus(monkeypatch, used=[0], mine=[None])
+    nvml.fail("nvmlDeviceGetMemoryInfo", NVMLError(NOT_SUPPORTED))
     assert GpuMemory().taken() == {}
+
+
+@pytest.mark.parametrize("call", [name for name in dir(FakeNvml) if name.startswith("nvml")])
+@pytest.mark.parametrize("error", [NVMLError(GPU_IS_LOST), AttributeError("none"), OSError()])
+def test_failing_driver_stops_no_measurement(
+    monkeypatch: pytest.MonkeyPatch, call: str, error: Exception
+) -> None:
+    gpus(monkeypatch, used=[0], mine=[4]).fail(call, error)
+    taken = GpuMemory().taken()
+    # Where the driver does not name processes, what the GPU gained stands for this one.
+    assert taken in ({}, {"CUDA0": 4}, {"CUDA0": 0})
 
 
 @pytest.mark.parametrize(
@@ -81,17 +64,14 @@ def test_gpu_without_memory_of_its_own_is_left_out(monkeypatch: pytest.MonkeyPat
 def test_gpus_are_numbered_as_the_engine_numbers_them(
     monkeypatch: pytest.MonkeyPatch, visible: str, taken: dict[str, int]
 ) -> None:
-    use(monkeypatch, FakeNvml(used=[0, 0], mine=[4, 5]), visible)
+    gpus(monkeypatch, [0, 0], [4, 5], visible)
     found = GpuMemory().taken()
     assert {name: found[name] for name in taken} == taken
     assert len(found) == (2 if visible == "GPU-1" else len(taken))
 
 
 def test_machine_without_a_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> Any:
-        raise ImportError(name)
-
-    monkeypatch.setattr(process_memory, "import_module", missing)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
     assert GpuMemory().taken() == {}
 
 

@@ -20,6 +20,7 @@ from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.measure.divergence import measure
 from nanorun.runtime.measure.imatrix import collect_imatrix
 from nanorun.runtime.process.job import run_job
+from tests.support.waiting import PATIENCE_S
 
 # -- jobs; the child imports them from this module -----------------------------------------------
 
@@ -63,7 +64,7 @@ def step_until_stopped(arguments: dict[str, Any], progress: Callable[..., None])
 
 def hang(_arguments: dict[str, Any], progress: Callable[..., None]) -> None:
     progress(os.getpid())
-    time.sleep(600)
+    time.sleep(10**6)
 
 
 # -- tests ---------------------------------------------------------------------------------------
@@ -108,7 +109,7 @@ def test_interrupted_job_may_finish_its_step(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_job(step_until_stopped, {"out": str(out)}, stop, stop_s=20)
+        run_job(step_until_stopped, {"out": str(out)}, stop, stop_s=PATIENCE_S)
     assert int(out.read_text()) >= 3
 
 
@@ -119,10 +120,8 @@ def test_interrupted_job_that_does_not_stop_is_killed() -> None:
         pids.append(pid)
         raise KeyboardInterrupt
 
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_job(hang, {}, stop, stop_s=0.2)
-    assert time.monotonic() - started < 20
     assert not psutil.pid_exists(pids[0])
 
 
@@ -146,7 +145,7 @@ def test_child_ends_with_its_parent() -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    child.wait(20)
+    child.wait(PATIENCE_S)
 
 
 def test_engine_that_cannot_load_says_so_to_both_callers(tmp_path: Path) -> None:
