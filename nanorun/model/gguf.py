@@ -38,7 +38,6 @@ MAX_DIMS = 4
 _SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})(\.gguf)", re.IGNORECASE)
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
-
 _NEEDED_TYPES = {KEY_ALIGNMENT: UINT32, KEY_SPLIT_NO: UINT16}
 
 T = TypeVar("T", str, int, float, bool, list[Any])

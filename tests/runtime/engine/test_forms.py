@@ -23,9 +23,9 @@ from nanorun.model.chat import (
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import OFF
 from nanorun.runtime.client import EngineClient
+from nanorun.runtime.engine import forms
 from nanorun.runtime.engine.forms import compile_form
 from nanorun.runtime.llama.loaded_model import LoadedModel
-from nanorun.runtime.reply import forms
 from nanorun.runtime.reply.grammar import GrammarCompiler, Matcher
 
 # llguidance asks llama.cpp for the attributes of tokens by an older name.
