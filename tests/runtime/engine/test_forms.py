@@ -26,6 +26,7 @@ from nanorun.runtime.client import EngineClient
 from nanorun.runtime.engine import forms
 from nanorun.runtime.engine.forms import compile_form
 from nanorun.runtime.llama.loaded_model import LoadedModel
+from nanorun.runtime.reply.constraint import Constraint
 from nanorun.runtime.reply.grammar import GrammarCompiler, Matcher
 
 # llguidance asks llama.cpp for the attributes of tokens by an older name.
@@ -74,8 +75,9 @@ def model(pico_gguf: Path) -> LoadedModel:
 
 def starts(model: LoadedModel, options: GenerateOptions) -> list[str]:
     """Pieces of text with which a call may go on after `<tool_call>\\n<function=`."""
-    held = compile_form(model, options).form
-    assert held is not None
+    form = compile_form(model, options).form
+    assert form is not None
+    held = Constraint(form)
     for token in [model.call_tokens[0], *model.tokenize("\n<function=", special=False)]:
         held.take(token)
     allowed = held.allowed()
@@ -86,7 +88,7 @@ def starts(model: LoadedModel, options: GenerateOptions) -> list[str]:
 def test_calls_are_held_wherever_tools_are_offered(model: LoadedModel) -> None:
     options = GenerateOptions(tools=(CALCULATOR, tool("ping", {})))
     assert all("calculator".startswith(s) or "ping>".startswith(s) for s in starts(model, options))
-    assert compile_form(model, GenerateOptions()).constraint is None
+    assert compile_form(model, GenerateOptions()).form is None
 
 
 @pytest.mark.parametrize("parameters", ODD_PARAMETERS)
@@ -144,11 +146,11 @@ def test_models_that_write_other_calls_are_left_free(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forms, "_CALL_MARK", "<|python_tag|>")
-    assert compile_form(model, GenerateOptions(tools=(CALCULATOR,))).constraint is None
+    assert compile_form(model, GenerateOptions(tools=(CALCULATOR,))).form is None
     monkeypatch.setitem(model.__dict__, "call_tokens", None)
     del model.__dict__["call_tokens"]
     monkeypatch.setattr(LoadedModel, "_single_token", lambda *args: [])
-    assert compile_form(model, GenerateOptions(tools=(CALCULATOR,))).constraint is None
+    assert compile_form(model, GenerateOptions(tools=(CALCULATOR,))).form is None
     required = GenerateOptions(tools=(tool("new", {}),), tool_choice="required")
     with pytest.raises(ModelError, match="no tokens for tool calls"):
         compile_form(model, required)
