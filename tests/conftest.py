@@ -15,10 +15,11 @@ from tests.support.shared_files import made_once
 # Set before torch, ggml or tokenizers are imported, which read them once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # Each worker fills a core. Pools as wide as the machine would spin while they wait for it.
+# A thread that waits spins otherwise, on a core that what it waits for may need.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one that fills a core, as its engines do
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 
 PICO_SOURCE = Path(__file__).parent.parent / "nanorun" / "data" / "pico"
 

@@ -8,7 +8,6 @@ import pty
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import IO
 import pytest
 
 from nanorun.cli.app import COMMANDS
+from tests.support.waiting import PATIENCE_S, wait_until
 
 FAKE = Path(__file__).parents[1] / "support" / "fake_nanorun.py"
 HEAVY = ("numpy", "llama_cpp", "torch", "textual", "rich", "fastapi", "uvicorn", "jinja2")
@@ -90,27 +90,34 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said() -> None:
     with process("long", "run", "pico", "x") as running:
         begun = read_until(running.stdout, b"word word")
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=20)
+        out, err = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130
     assert (begun + out).startswith(b"word word")
     assert (begun + out).endswith(b"\n")
     assert err == b"hm\n\n"
 
 
-def test_ctrl_c_as_json_still_prints_the_object() -> None:
-    with process("long", "run", "pico", "x", "--json") as running:
-        time.sleep(1.5)
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a fake notes how far it is."""
+    monkeypatch.setenv("FAKE_NANORUN_NOTES", str(tmp_path))
+    return tmp_path
+
+
+def test_ctrl_c_as_json_still_prints_the_object(notes: Path) -> None:
+    with process("long and noted", "run", "pico", "x", "--json") as running:
+        wait_until((notes / "asked").exists)
         running.send_signal(signal.SIGINT)
-        out, _ = running.communicate(timeout=20)
+        out, _ = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130
     assert json.loads(out)["finish_reason"] == "cancelled"
 
 
-def test_ctrl_c_while_loading_ends_without_a_traceback() -> None:
+def test_ctrl_c_while_loading_ends_without_a_traceback(notes: Path) -> None:
     with process("loading", "run", "pico", "x") as running:
-        time.sleep(1.5)
+        wait_until((notes / "started").exists)
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=20)
+        out, err = running.communicate(timeout=PATIENCE_S)
     assert (running.returncode, out, err) == (130, b"", b"")
 
 
@@ -121,8 +128,9 @@ def test_ctrl_c_twice_leaves_at_once() -> None:
         read_until(running.stdout, b"word word")
         assert running.poll() is None
         running.send_signal(signal.SIGINT)
-        running.communicate(timeout=5)
+        rest, _ = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 130
+    assert rest.count(b"word") < 2000  # of 3000: it did not go on to the end
 
 
 def test_reader_that_has_enough_ends_it_quietly() -> None:
@@ -131,7 +139,7 @@ def test_reader_that_has_enough_ends_it_quietly() -> None:
         assert running.stdout is not None
         running.stdout.close()
         running.stdout = None
-        _, err = running.communicate(timeout=20)
+        _, err = running.communicate(timeout=PATIENCE_S)
     assert (running.returncode, err) == (1, b"hm\n\n")
 
 
@@ -139,7 +147,7 @@ def test_reader_that_has_enough_ends_it_quietly() -> None:
 @pytest.mark.parametrize("args", [["run", "pico", "x"], ["run", "pico", "x", "--json"]], ids=str)
 def test_disk_that_is_full_is_told_once(args: list[str]) -> None:
     with Path("/dev/full").open("wb") as full, process("short", *args, stdout=full) as running:
-        _, err = running.communicate(timeout=20)
+        _, err = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 1
     lines = err.decode().splitlines()
     assert lines[-1] == (
@@ -151,7 +159,12 @@ def test_disk_that_is_full_is_told_once(args: list[str]) -> None:
 def test_answer_arrives_although_nobody_takes_the_thinking() -> None:
     command = f'"{sys.executable}" "{FAKE}" short run pico x 2>&-'
     done = subprocess.run(
-        command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=20, check=True
+        command,
+        shell=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=PATIENCE_S,
+        check=True,
     )
     assert done.stdout == b"it is 4\n"
 
@@ -171,7 +184,7 @@ def on_terminal(case: str, **environment: str) -> str:
             with suppress(OSError):
                 while piece := os.read(ours, 4096):
                     seen += piece
-            assert running.wait(20) == 0
+            assert running.wait(PATIENCE_S) == 0
     finally:
         os.close(ours)
     return seen.decode().replace("\r\n", "\n")

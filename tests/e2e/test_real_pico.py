@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,27 +16,20 @@ import openai
 import psutil
 import pytest
 
+from tests.support.waiting import PATIENCE_S
+
 SUM = [{"role": "user", "content": "What is 4785 + 697?"}]
 
 
 @pytest.fixture(scope="module")
 def server(pico_gguf: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "nanorun", "serve", str(pico_gguf), "--port", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}/v1"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.1)
-    yield url, process
-    process.terminate()
-    assert process.wait(timeout=30) == 0
+    command = [sys.executable, "-m", "nanorun", "serve", str(pico_gguf), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        words = (word.decode() for line in process.stderr for word in line.split())
+        yield next(word for word in words if word.startswith("http://")), process
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
 
 
 @pytest.fixture

@@ -7,24 +7,18 @@ import json
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.e2e.conftest import Live, ServeProcess, serving
 from tests.support.fakes import reply
+from tests.support.waiting import PATIENCE_S, wait_until
 
 Start = Callable[..., Live]
-
-
-def wait_until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def body_of(*, stream: bool) -> dict[str, object]:
@@ -62,7 +56,7 @@ def test_body_without_end_is_refused_while_it_arrives(live: Start) -> None:
             f"{endpoint.url}/chat/completions",
             content=endless(),
             headers={"content-type": "application/json"},
-            timeout=20,
+            timeout=PATIENCE_S,
         )
     except (httpx.WriteError, httpx.ReadError):
         pass
@@ -91,7 +85,9 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         try:
-            with httpx.stream("POST", self.url, json=body_of(stream=True), timeout=20) as response:
+            with httpx.stream(
+                "POST", self.url, json=body_of(stream=True), timeout=PATIENCE_S
+            ) as response:
                 for piece in response.iter_text():
                     self.text += piece
         except httpx.HTTPError:
@@ -105,16 +101,32 @@ def start_reading(server: ServeProcess) -> Reader:
     return reader
 
 
-def test_sigterm_lets_the_answer_finish_and_takes_no_other() -> None:
-    with serving("second") as server:
+def refuses_connections(server: ServeProcess) -> bool:
+    try:
+        httpx.get(f"{server.url}/models", timeout=PATIENCE_S)
+    except httpx.ConnectError:
+        return True
+    except httpx.TransportError:  # it was taken, and then let go
+        return False
+    return False
+
+
+@pytest.fixture
+def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a fake notes how far it is."""
+    monkeypatch.setenv("FAKE_NANORUN_NOTES", str(tmp_path))
+    return tmp_path
+
+
+def test_sigterm_lets_the_answer_finish_and_takes_no_other(notes: Path) -> None:
+    with serving("gated") as server:
         reader = start_reading(server)
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.3)
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{server.url}/models")
+        wait_until(lambda: refuses_connections(server))
         assert reader.is_alive()
-        reader.join(20)
-        assert server.process.wait(20) == 0
+        (notes / "go-on").touch()
+        reader.join(PATIENCE_S)
+        assert server.process.wait(PATIENCE_S) == 0
     assert reader.text.count('"content":"word "') == 50
     assert reader.text.endswith("data: [DONE]\n\n")
 
@@ -122,12 +134,12 @@ def test_sigterm_lets_the_answer_finish_and_takes_no_other() -> None:
 def test_sigterm_without_requests_ends_at_once() -> None:
     with serving("short") as server:
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(5) == 0
+        assert server.process.wait(PATIENCE_S) == 0
         assert server.process.stderr is not None
         assert server.process.stderr.read() == ""
 
 
-def test_sigterm_while_loading_ends_it() -> None:
+def test_sigterm_while_loading_ends_it(notes: Path) -> None:
     import subprocess
     import sys
 
@@ -135,20 +147,20 @@ def test_sigterm_while_loading_ends_it() -> None:
 
     command = [sys.executable, str(FAKE), "loading", "serve", "pico", "--port", "0"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
-        time.sleep(1.5)
+        wait_until((notes / "started").exists)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(5) == -signal.SIGTERM
+        assert process.wait(PATIENCE_S) == -signal.SIGTERM
 
 
 def test_ctrl_c_twice_cuts_the_answer_off() -> None:
     with serving("long") as server:
         reader = start_reading(server)
         server.process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        wait_until(lambda: refuses_connections(server))
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(5) == 130
-        reader.join(20)
+        assert server.process.wait(PATIENCE_S) == 130
+        reader.join(PATIENCE_S)
         assert server.process.stderr is not None
         assert server.process.stderr.read() == ""
     assert "[DONE]" not in reader.text
@@ -159,13 +171,15 @@ def test_drain_has_an_end(live: Start) -> None:
 
     def ask() -> None:
         with suppress(httpx.HTTPError):
-            httpx.post(f"{endpoint.url}/chat/completions", json=body_of(stream=False), timeout=20)
+            httpx.post(
+                f"{endpoint.url}/chat/completions", json=body_of(stream=False), timeout=PATIENCE_S
+            )
 
     thread = threading.Thread(target=ask)
     thread.start()
     wait_until(lambda: bool(endpoint.client.requests))
     endpoint.stop()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     assert endpoint.client.last.generation.was_abandoned
 
 
@@ -177,5 +191,5 @@ def test_failure_unforeseen_is_logged_once_and_the_server_lives() -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.stderr is not None
         log = server.process.stderr.read()
-        assert server.process.wait(5) == 0
+        assert server.process.wait(PATIENCE_S) == 0
     assert log.count("ZeroDivisionError: oops") == 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import socket
-import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -195,7 +194,7 @@ def test_token_that_runs_out_leaves_a_start_to_go_on_with(
 def test_ctrl_c_does_not_wait_for_a_hub_that_is_away(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "POLICY", Policy(first_pause_s=30.0))
+    monkeypatch.setattr(hub_module, "POLICY", Policy(first_pause_s=10.0**6))
 
     n_calls = 0
 
@@ -206,14 +205,12 @@ def test_ctrl_c_does_not_wait_for_a_hub_that_is_away(
         if n_calls == 5:  # of the pieces handed out meanwhile, some wait for the Hub
             raise KeyboardInterrupt
 
-    started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         convert(
             HubFiles(REPOSITORY),
             ConvertOptions(out=tmp_path / "o.gguf"),
             stop_at_a_third(hub, stop),
         )
-    assert time.monotonic() - started < 15
     assert (tmp_path / "o.gguf.part").exists()
 
 

@@ -23,6 +23,7 @@ from nanorun.runtime.prompt_state.store import (
     read_state,
     write_state,
 )
+from tests.support.waiting import PATIENCE_S
 
 
 def tokens(*ids: int) -> np.ndarray:
@@ -231,7 +232,7 @@ class SlowStore(StateStore):
         self.may_write = threading.Event()
 
     def save(self, state: ArchivedState, payload: StatePayload) -> ArchivedState | None:
-        assert self.may_write.wait(10)
+        assert self.may_write.wait(PATIENCE_S)
         return super().save(state, payload)
 
 

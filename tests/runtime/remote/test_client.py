@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -48,9 +49,10 @@ from tests.runtime.remote.scripted_endpoint import (
     sse,
     usage,
 )
+from tests.support.waiting import PATIENCE_S, become
 
 QUESTION = (Message("user", "2+2?"),)
-FAST = RemoteSettings(read_timeout_s=5, backoff_s=0.01)
+FAST = RemoteSettings(read_timeout_s=PATIENCE_S, backoff_s=0.01)
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -597,9 +599,11 @@ async def test_times_of_llama_cpp_are_taken_over() -> None:
 async def test_times_that_are_not_told_are_measured() -> None:
     pieces = [0.05, sse(delta(content="a")), 0.1, sse(delta(content="b"), delta("stop"))]
     async with talking(Answer([*pieces, sse(usage(7, 2), "[DONE]")])) as (engine, _):
+        began = time.monotonic()
         timings = end_of(await ask(engine)).timings
-    assert 0.04 < timings.prefill_s < 2
-    assert 0.08 < timings.decode_s < 2
+        took_s = time.monotonic() - began
+    assert timings.prefill_s > 0 and timings.decode_s > 0
+    assert timings.prefill_s + timings.decode_s <= took_s
     assert timings.decode_tps == pytest.approx(1 / timings.decode_s)
 
 
@@ -608,8 +612,7 @@ async def test_stop_string_is_found_here_where_the_endpoint_would_look_in_the_th
     async with talking(answer, models=[VLLM_MODEL]) as (engine, endpoint):
         events = await ask(engine, stop=("END",))
         assert "stop" not in endpoint.requests[0].body
-        await asyncio.sleep(0.05)
-        assert endpoint.n_dropped == 1
+        await become(lambda: endpoint.n_dropped == 1)
     assert (thinking_of(events), text_of(events)) == ("END?", "4")
     assert (end_of(events).reason, end_of(events).stop_text) == ("stop", "END")
 
@@ -634,18 +637,16 @@ async def test_cancel_closes_the_connection() -> None:
         (end,) = [event async for event in generation if isinstance(event, Finished)]
         assert end.reason == "cancelled"
         assert end.usage.completion_tokens >= 1
-        await asyncio.sleep(0.05)
-        assert endpoint.n_dropped == 1
+        await become(lambda: endpoint.n_dropped == 1)
 
 
 async def test_cancel_while_it_waits_ends_it_at_once() -> None:
-    async with talking(Answer([10.0])) as (engine, endpoint):
+    async with talking(Answer([10.0**6])) as (engine, endpoint):
         generation = engine.generate(QUESTION, GenerateOptions())
         first = asyncio.ensure_future(anext(generation))
-        while not endpoint.requests:
-            await asyncio.sleep(0.01)
+        await become(lambda: endpoint.requests)
         await generation.cancel()
-        assert await asyncio.wait_for(first, 1) == Finished(
+        assert await asyncio.wait_for(first, PATIENCE_S) == Finished(
             "cancelled", timings=first.result().timings
         )  # type: ignore[union-attr]
 
@@ -666,7 +667,7 @@ async def test_cancel_while_the_endpoint_is_busy_ends_the_waiting() -> None:
         rest = asyncio.ensure_future(anext(generation))
         await asyncio.sleep(0.05)
         await generation.cancel()
-        assert (await asyncio.wait_for(rest, 1)) == Finished("cancelled")
+        assert (await asyncio.wait_for(rest, PATIENCE_S)) == Finished("cancelled")
 
 
 # --- how long it thinks ---------------------------------------------------------------------
