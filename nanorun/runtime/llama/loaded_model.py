@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import re
 import time
 from functools import cached_property, lru_cache
@@ -67,7 +68,7 @@ class LoadedModel:
         if writable or (not self._llama.llama_supports_gpu_offload() and self._is_repacked):
             params.load_mode = _LOAD_WITHOUT_MMAP
         engine_log.clear()
-        self.handle = self._llama.llama_model_load_from_file(str(path).encode(), params)
+        self.handle = self._llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self.handle:
             raise ModelError(
                 f"{path.name} could not be loaded by llama.cpp", facts=engine_log.problems()
