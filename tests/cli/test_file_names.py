@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from nanorun.model.gguf import read_gguf
+
 FOLDER, FILE = os.fsdecode(b"d\xe9p\xf4t"), os.fsdecode(b"caf\xe9 \xff.gguf")
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 GREEDY = ("--think", "off", "--temp", "0", "--max-tokens", "8")
@@ -53,9 +55,32 @@ def test_plan_asks_the_engine_about_the_file(model: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_eval_takes_such_files(model: Path) -> None:
-    text = model.with_name(os.fsdecode(b"t\xe9xt"))
-    text.write_text("12 + 30 = 42. " * 200)
+@pytest.fixture
+def text(model: Path) -> Path:
+    """A text to measure on, under such a name."""
+    path = model.with_name(os.fsdecode(b"t\xe9xt"))
+    path.write_text("12 + 30 = 42. " * 200)
+    return path
+
+
+def test_imatrix_names_the_text_in_its_file(model: Path, text: Path) -> None:
+    out = model.with_name(os.fsdecode(b"imatrix \xff.gguf"))
+    done = nanorun("imatrix", model, "--text", text, "--out", out, "--n-ctx", "256")
+    assert done.returncode == 0, done.stderr
+    keys = read_gguf(out).metadata
+    assert keys["imatrix.datasets"] == ["t\N{REPLACEMENT CHARACTER}xt"]
+
+
+def test_folder_is_converted_to_such_a_file(pico_source: Path, model: Path) -> None:
+    folder, out = model.parent / FOLDER, model.with_name(os.fsdecode(b"\xff.gguf"))
+    shutil.copytree(pico_source, folder)
+    done = nanorun("convert", folder, "--recipe", "q8_0", "--out", out)
+    assert done.returncode == 0, done.stderr
+    name = read_gguf(out).metadata["general.name"]
+    assert name == "d\N{REPLACEMENT CHARACTER}p\N{REPLACEMENT CHARACTER}t"
+
+
+def test_eval_takes_such_files(model: Path, text: Path) -> None:
     done = nanorun("eval", model, "--text", text, "--n-ctx", "256")
     assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
 
