@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
+from nanorun.file_names import readable
 from nanorun.model.chat import Event, Finished, ModelInfo, Notice
 from nanorun.runtime.beside import Beside, Done, Job
 from nanorun.runtime.engine import request as engine_request
@@ -331,7 +332,7 @@ def describe(engine: Engine) -> ModelInfo:
     """What the opened model is."""
     model, metadata = engine.model, engine.model.metadata
     return ModelInfo(
-        name=str(metadata.get("general.name") or model.path.stem),
+        name=str(metadata.get("general.name") or readable(model.path.stem)),
         path=str(model.path),
         arch=str(metadata["general.architecture"]),
         n_params=sum(tensor.n_elements for tensor in model.gguf.tensors.values()),

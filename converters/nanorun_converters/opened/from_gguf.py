@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanorun.errors import ModelError
+from nanorun.file_names import readable
 from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
@@ -121,7 +122,7 @@ def _store(path: Path) -> Store:
 
 
 def _model(gguf: GgufFile, tensors: dict[str, SourceTensor]) -> SourceModel:
-    repository = gguf.find("nanorun.source.repository", str) or gguf.path.stem
+    repository = gguf.find("nanorun.source.repository", str) or readable(gguf.path.stem)
     files = GgufFiles(
         where=gguf.path.parent,
         argument=str(gguf.path),

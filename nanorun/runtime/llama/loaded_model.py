@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import time
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_weights(llama: Any, gguf: GgufFile, params: Any) -> Any:
 
     The engine finds the other files by the name of the first only if that ends in lower case.
     """
-    paths = [str(part.path).encode() for part in gguf.parts]
+    paths = [os.fsencode(part.path) for part in gguf.parts]
     if len(paths) == 1:
         return llama.llama_model_load_from_file(paths[0], params)
     return llama.llama_model_load_from_splits(

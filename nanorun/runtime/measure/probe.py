@@ -7,6 +7,7 @@ and its log, where the answer stands, is global.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import time
 from collections import Counter, deque
@@ -234,7 +235,7 @@ def _model(path: Path, options: EngineOptions, *, for_real: bool) -> Iterator[An
     # Mapped, the weights that the engine rearranges for the processor would be resident twice.
     params.load_mode = _LOAD_NONE
     engine_log.clear()
-    handle = llama.llama_model_load_from_file(str(path).encode(), params)
+    handle = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not handle:
         raise EngineError(
             f"{path.name} could not be opened by llama.cpp", facts=engine_log.problems()
