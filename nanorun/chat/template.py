@@ -76,7 +76,7 @@ class ChatTemplate:
     @classmethod
     def from_file(cls, path: Path, *, special_tokens: Sequence[str] = ()) -> ChatTemplate:
         """Read a template from a `.jinja` file."""
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8-sig")
         return cls(source, name=path.name, special_tokens=special_tokens)
 
     def render(

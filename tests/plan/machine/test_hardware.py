@@ -238,3 +238,14 @@ def test_unknown_device_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="no device 'cuda:2'") as caught:
         profile("2x-rtx-3090").restricted("cuda:2")
     assert caught.value.facts == ("devices: auto, cpu, cuda:0, cuda:1",)
+
+
+def test_profile_of_windows_notepad_is_read_and_utf_16_is_named(tmp_path: Path) -> None:
+    machine = read_profile(next(Path("tests/data/hardware").glob("*.json")))
+    path = tmp_path / "profile.json"
+    text = json.dumps(as_profile(machine))
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_profile(path) == machine
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(UsageError, match="expected JSON in UTF-8, found text in UTF-16"):
+        read_profile(path)
