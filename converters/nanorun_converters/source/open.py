@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -111,9 +110,9 @@ def _same_or_refuse(
     raise ModelError(
         f"{files.where}: {INDEX_FILE} and {SINGLE_FILE} are two sets of weights that disagree",
         facts=[
-            f"{len(in_shards)} tensors by the index, {len(whole)} in {SINGLE_FILE}, no newer one"
+            f"{len(in_shards)} tensors by the index, {len(whole)} in {SINGLE_FILE}, no newer one",
+            "remove or rename the one that is not meant",
         ],
-        tries=[f"rm {shlex.quote(str(files.where / name))}" for name in (INDEX_FILE, SINGLE_FILE)],
     )
 
 
