@@ -71,6 +71,8 @@ class GgufSource:
     tensors: list[TensorPlan]
     metadata: dict[str, RawValue]
     """What is carried over, by key."""
+    has_template: bool
+    """Whether it has a chat template that is not empty."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -94,6 +96,7 @@ def open_gguf(path: Path, *, keep_mtp: bool = True) -> GgufSource:
         arch=kept,
         tensors=list(_plans(kept, tensors)),
         metadata=_carried(gguf),
+        has_template=bool((gguf.find("tokenizer.chat_template", str) or "").strip()),
     )
 
 

@@ -182,7 +182,12 @@ class LocalFiles:
         return local_file(self.where / name)
 
     def modified(self, name: str) -> int | None:
-        """When file `name` was last written, in nanoseconds; None where there is none."""
+        """When file `name` was last written, in nanoseconds; None where there is none.
+
+        None in the Hub's cache as well: there it is the time of the download.
+        """
+        if self._is_snapshot:
+            return None
         path = self.where / name
         return path.stat().st_mtime_ns if path.is_file() else None
 

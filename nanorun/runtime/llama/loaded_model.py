@@ -46,14 +46,14 @@ _LOAD_WITHOUT_MMAP = 0  # LLAMA_LOAD_MODE_NONE
 _N_SAMPLES = 64
 
 
-def load_weights(llama: Any, gguf: GgufFile, params: Any) -> Any:
+def load_weights(llama: Any, path: Path, params: Any) -> Any:
     """The engine's handle of a model, None where it refuses the file; all files of a split one.
 
     The engine finds the other files by the name of the first only if that ends in lower case.
     """
-    paths = [os.fsencode(part.path) for part in gguf.parts]
-    if len(paths) == 1:
-        return llama.llama_model_load_from_file(paths[0], params)
+    if path.suffix == ".gguf":
+        return llama.llama_model_load_from_file(os.fsencode(path), params)
+    paths = [os.fsencode(part.path) for part in read_gguf(path).parts]
     return llama.llama_model_load_from_splits(
         (ctypes.c_char_p * len(paths))(*paths), len(paths), params
     )
@@ -88,7 +88,7 @@ class LoadedModel:
         if writable or (not self._llama.llama_supports_gpu_offload() and self._is_repacked):
             params.load_mode = _LOAD_WITHOUT_MMAP
         engine_log.clear()
-        self.handle = load_weights(self._llama, self.gguf, params)
+        self.handle = load_weights(self._llama, path, params)
         if not self.handle:
             raise ModelError(
                 f"{path.name} could not be loaded by llama.cpp", facts=engine_log.problems()
@@ -136,7 +136,9 @@ class LoadedModel:
             ModelError: If the file carries no template.
         """
         source = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str) or not source.strip():
+        # Files of others carry the byte order mark of the file that the template came from.
+        source = source.removeprefix("\ufeff") if isinstance(source, str) else ""
+        if not source.strip():
             raise ModelError(
                 f"{self.path.name} has no chat template",
                 facts=["a file that is converted anew can be given that of the family"],

@@ -305,3 +305,14 @@ def test_plan_names_what_costs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = [line for line in decisions(plan) if "nvmlDeviceGetMemoryInfo of GPU 0" in line]
     assert len(reasons) == 1
     assert reasons[0].endswith("this GPU is not used: see `nanorun doctor`")
+
+
+def test_profile_of_windows_notepad_is_read_and_utf_16_is_named(tmp_path: Path) -> None:
+    machine = read_profile(next(Path("tests/data/hardware").glob("*.json")))
+    path = tmp_path / "profile.json"
+    text = json.dumps(as_profile(machine))
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_profile(path) == machine
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(UsageError, match="expected JSON in UTF-8, found text in UTF-16"):
+        read_profile(path)
