@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
-from nanorun.model.chat import Event, Finished, ModelInfo
+from nanorun.model.chat import Event, Finished, ModelInfo, Notice
 from nanorun.runtime.beside import Beside, Done, Job
 from nanorun.runtime.engine import request as engine_request
 from nanorun.runtime.engine.engine import Engine
@@ -250,6 +250,8 @@ class Worker:
 
         def submit(request: engine_request.Request) -> None:
             engine.submit(request)
+            while engine.model.notices:
+                self._send(Said(asked.id, Notice(engine.model.notices.pop(0))))
             if (reading := self._ahead.interrupt(messages)) is not None:
                 self._beside.cancel(reading)
             self._turns[asked.id] = Turn(messages, options)
