@@ -260,6 +260,8 @@ class Worker:
             for notice in prepared.notices:
                 self._send(Said(asked.id, Notice(notice)))
             engine.submit(prepared.request)
+            while engine.model.notices:
+                self._send(Said(asked.id, Notice(engine.model.notices.pop(0))))
             if (reading := self._ahead.interrupt(messages)) is not None:
                 self._beside.cancel(reading)
             self._turns[asked.id] = Turn(messages, options)

@@ -96,6 +96,8 @@ class LoadedModel:
         self.vocab = self._llama.llama_model_get_vocab(self.handle)
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self.vocab)
         self.load_s = time.monotonic() - started
+        self.notices: list[str] = []
+        """What people should know of this file before its first reply."""
 
     def close(self) -> None:
         """Free the weights; contexts of the model must be closed before."""
@@ -247,7 +249,9 @@ class LoadedModel:
         trained = trained_tokenizer(self.metadata)
         if trained is not None:
             return trained
-        log.warning("%s: %s", self.path.name, _ENGINE_TOKENS)
+        notice = f"{self.path.name}: {_ENGINE_TOKENS}"
+        log.warning("%s", notice)
+        self.notices.append(notice)
         return EngineTokenizer(self._llama, self.vocab, TokenList.from_metadata(self.metadata))
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
