@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,10 @@ class LoadedModel:
         if writable or (not self._llama.llama_supports_gpu_offload() and self._is_repacked):
             params.load_mode = _LOAD_WITHOUT_MMAP
         engine_log.clear()
-        self.handle = load_weights(self._llama, path, params)
+        # Real vocabularies take seconds to be made a tokenizer of; the weights take as long.
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
+            self._trained = beside.submit(trained_tokenizer, self.metadata)
+            self.handle = load_weights(self._llama, path, params)
         if not self.handle:
             raise ModelError(
                 f"{path.name} could not be loaded by llama.cpp", facts=engine_log.problems()
@@ -246,7 +250,7 @@ class LoadedModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """As the model was trained where the file allows it, else llama.cpp's."""
-        trained = trained_tokenizer(self.metadata)
+        trained = self._trained.result()
         if trained is not None:
             return trained
         notice = f"{self.path.name}: {_ENGINE_TOKENS}"
