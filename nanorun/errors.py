@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from signal import Signals
 
+from nanorun.file_names import readable
+
 
 class ExitCode(IntEnum):
     """What the process tells its caller."""
@@ -47,10 +49,10 @@ class NanorunError(Exception):
     def __init__(
         self, message: str, *, facts: Sequence[str] = (), tries: Sequence[str] = ()
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.facts = tuple(facts)
-        self.tries = tuple(tries)
+        self.message = readable(message)
+        self.facts = tuple(map(readable, facts))
+        self.tries = tuple(map(readable, tries))
+        super().__init__(self.message)
 
     def render(self) -> str:
         """The message with its facts indented and its commands under `try:`."""

@@ -12,6 +12,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ _BOLD_RED, _DIM, _RESET = "\x1b[1;31m", "\x1b[2m", "\x1b[0m"
 # Back to the first column and clear the line.
 _ERASE = "\r\x1b[K"
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 # A model may write escape sequences; on a terminal they could move the cursor or set its title.
 _CONTROL = {code: None for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if code not in (9, 10)}
 
@@ -113,8 +115,12 @@ def write_data(text: str) -> None:
 
 
 def write_json(value: Mapping[str, Any]) -> None:
-    """Write one JSON object to stdout, for `--json`."""
-    write_data(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    """Write one JSON object to stdout, for `--json`.
+
+    Bytes of file names that are no text (PEP 383) are escaped, so that Python reads them back.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    write_data(_SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text))
 
 
 def flush_data() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanorun.cli.diagnostics import StatusLine, note
 from nanorun.cli.options import DEFAULT_N_CTX
+from nanorun.file_names import readable
 
 if TYPE_CHECKING:
     from nanorun_converters.convert import ConvertProgress
@@ -68,7 +69,7 @@ def trained_n_ctx(path: Path) -> int:
 def display_name(model: str) -> str:
     """What a model is called: its library name, or its file's name without `.gguf`."""
     path = Path(model)
-    return path.stem if path.suffix.lower() == ".gguf" else path.name
+    return readable(path.stem if path.suffix.lower() == ".gguf" else path.name)
 
 
 def state_folder(*, keep: bool) -> str | None:

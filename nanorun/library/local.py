@@ -142,12 +142,22 @@ def _not_here(known: KnownModel, repository: str) -> ModelError:
 
 
 def _is_folder(path: Path) -> ModelError:
+    from nanorun_converters.source.files import LocalFiles
+    from nanorun_converters.source.policy import refuse_other_kinds
+
     if (path / "config.json").is_file():
         out = f"{path.resolve().name}.gguf"
         return ModelError(
             f"{path} is a source model, which has to be converted first",
             tries=[f"nanorun convert {_quoted(path)} --out {_quoted(out)}"],
         )
+    source = LocalFiles(path)
+    try:
+        refuse_other_kinds(source, source.names())
+    except ModelError as error:
+        return error
+    except OSError as error:
+        return ModelError(f"{path}: {error.strerror or error}")
     files = _ggufs(path)[:3]
     return ModelError(
         f"{path} is a folder without a source model: expected config.json, found none",
@@ -179,7 +189,10 @@ def _neighbours(path: Path) -> list[str]:
 
 def _ggufs(folder: Path) -> list[Path]:
     """The GGUF files of a folder, by name; not what macOS leaves beside them (`._NAME`)."""
-    files = (file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
+    try:
+        files = [file for file in folder.iterdir() if file.suffix.lower() == ".gguf"]
+    except OSError:  # what may not be listed offers nothing
+        return []
     return sorted(file for file in files if not file.name.startswith("._"))
 
 

@@ -35,7 +35,7 @@ KEY_SPLIT_TENSORS = "split.tensors.count"
 MAX_NAME_BYTES = 63
 MAX_DIMS = 4
 
-_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})(\.gguf)", re.IGNORECASE)
+_SPLIT_NAME = re.compile(r"(.+)-00001-of-([0-9]{5})(\.(?i:gguf))")
 _MIN_KEY_BYTES = 8 + 1 + 4 + 1
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8
 _NEEDED_TYPES = {KEY_ALIGNMENT: UINT32, KEY_SPLIT_NO: UINT16}
@@ -212,9 +212,7 @@ def _split_paths(first: GgufFile) -> list[Path]:
         return [first.path]
     path, number = first.path, first.require(KEY_SPLIT_NO, int)
     if number != 0:
-        start = re.sub(
-            r"-[0-9]{5}(-of-[0-9]{5}\.gguf)$", r"-00001\1", str(path), flags=re.IGNORECASE
-        )
+        start = re.sub(r"-[0-9]{5}(-of-[0-9]{5}\.(?i:gguf))$", r"-00001\1", str(path))
         raise ModelError(
             f"{path} is file {number + 1} of the {n_files} that a model is split into",
             facts=[f"a split model is opened by its first file, {start}"],

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
+from nanorun.file_names import readable
 from nanorun.model.chat import Event, Finished, ModelInfo, Notice
 from nanorun.runtime.beside import Beside, Done, Job
 from nanorun.runtime.engine import request as engine_request
@@ -259,6 +260,8 @@ class Worker:
             for notice in prepared.notices:
                 self._send(Said(asked.id, Notice(notice)))
             engine.submit(prepared.request)
+            while engine.model.notices:
+                self._send(Said(asked.id, Notice(engine.model.notices.pop(0))))
             if (reading := self._ahead.interrupt(messages)) is not None:
                 self._beside.cancel(reading)
             self._turns[asked.id] = Turn(messages, options)
@@ -331,7 +334,7 @@ def describe(engine: Engine) -> ModelInfo:
     """What the opened model is."""
     model, metadata = engine.model, engine.model.metadata
     return ModelInfo(
-        name=str(metadata.get("general.name") or model.path.stem),
+        name=str(metadata.get("general.name") or readable(model.path.stem)),
         path=str(model.path),
         arch=str(metadata["general.architecture"]),
         n_params=sum(tensor.n_elements for tensor in model.gguf.tensors.values()),

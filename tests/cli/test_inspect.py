@@ -125,8 +125,8 @@ def test_quantized_source_model_is_counted_in_numbers_not_codes(
 def test_source_model_that_cannot_be_converted_as_it_is_names_the_command_that_can(
     tmp_path: Path,
 ) -> None:
-    mtp = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "**"}
-    folder = write_source_model(tmp_path / "model", config=mtp)
+    head = {"mtp_hybrid_override_pattern": "**"}
+    folder = write_source_model(tmp_path / "model", mtp=True, config=head)
     with pytest.raises(ModelError) as caught:
         invoke(["inspect", str(folder)])
     assert caught.value.tries == (f"nanorun convert {folder} --no-mtp",)
@@ -155,3 +155,11 @@ def test_other_architecture_is_named(tmp_path: Path) -> None:
 def test_unknown_name_is_a_usage_error() -> None:
     with pytest.raises(UsageError, match="there is no model 'pica'"):
         invoke(["inspect", "pica"])
+
+
+def test_source_model_without_its_head_is_shown_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_source_model(tmp_path, config={"num_nextn_predict_layers": 1})
+    assert invoke(["inspect", str(folder)]) == 0
+    assert "there are no mtp.* weights; left out" in capsys.readouterr().err

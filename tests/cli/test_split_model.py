@@ -105,3 +105,15 @@ def test_missing_file_is_named(nanorun: Run, files: list[Path]) -> None:
         hidden.rename(files[-1])
     assert result.code == 3
     assert f"{files[-1]}: no such file" in result.err
+
+
+def test_files_in_upper_case_are_opened(
+    nanorun: Run, files: list[Path], whole: Path, tmp_path: Path
+) -> None:
+    for path in files:
+        (tmp_path / path.name).with_suffix(".GGUF").hardlink_to(path)
+    first = min(tmp_path.iterdir())
+    flags = ["What is 12 + 34?", "--temp", "0", "--max-tokens", "4", "--think", "off"]
+    answers = [nanorun("run", str(path), *flags) for path in (first, whole)]
+    assert answers[0].code == 0, answers[0].err
+    assert answers[0].out == answers[1].out

@@ -21,6 +21,7 @@ from tests.support.source_models import write_source_model
     [
         ("", "has no chat template"),
         (" \n", "has no chat template"),
+        ("\ufeff", "has no chat template"),
         ("{# nothing #}", "makes no prompt of these messages"),
         ("{% for m in [] %}{{ m }}{% endfor %}", "makes no prompt of these messages"),
     ],

@@ -133,7 +133,7 @@ def test_result_says_what_was_made(source: Path, out: Path) -> None:
     gguf = read_gguf(out)
     assert dataclasses.asdict(result).keys() == {
         "path", "bytes", "n_tensors", "n_params", "bpw", "recipe", "types", "padding", "seconds",
-        "peak_rss_bytes", "resumed",
+        "peak_rss_bytes", "resumed", "notes",
     }  # fmt: skip
     assert (result.path, result.bytes) == (str(out), out.stat().st_size)
     assert (result.n_tensors, result.n_params) == (len(gguf.tensors), gguf.n_params)

@@ -205,3 +205,9 @@ def test_leftover_of_macos_is_no_neighbour(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         resolve_model(str(tmp_path))
     assert [command.rpartition("/")[2] for command in caught.value.tries] == ["pico.GGUF"]
+
+
+def test_folder_of_an_adapter_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="an adapter"):
+        resolve_model(str(tmp_path))

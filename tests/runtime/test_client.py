@@ -572,6 +572,19 @@ async def test_score_that_nobody_waits_for_ends(client: EngineClient) -> None:
     assert n_tokens > 50
 
 
+async def test_tokenizer_that_is_not_exact_is_told_once(
+    client: EngineClient, run_instead: Callable[[str], None]
+) -> None:
+    run_instead(
+        "from nanorun.runtime.llama import loaded_model\n"
+        "loaded_model.trained_tokenizer = lambda metadata: None"
+    )
+    said = [[event async for event in client.generate(SUM, GenerateOptions())] for _ in range(2)]
+    notices = [[e.text for e in events if isinstance(e, Notice)] for events in said]
+    assert [len(texts) for texts in notices] == [1, 0]
+    assert "Hindi" in notices[0][0]
+
+
 async def test_request_that_fails_unforeseen_does_not_end_the_others(client: EngineClient) -> None:
     other = client.generate(SUM, GenerateOptions())
     await until(other, ThinkingDelta)

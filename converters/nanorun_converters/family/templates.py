@@ -19,7 +19,7 @@ FAMILY = "family"
 """What `--chat-template` calls the reference template of the model's family."""
 DEFAULT = "default"
 _FAMILY_FILE = "chat_template.jinja"
-_HINT = "--chat-template FILE or --chat-template family gives the file one"
+TEMPLATE_HINT = "--chat-template FILE or --chat-template family gives the file one"
 
 
 def read_chat_templates(source: SourceModel) -> dict[str, str]:
@@ -37,12 +37,14 @@ def read_chat_templates(source: SourceModel) -> dict[str, str]:
         found[name] = text
         problem = syntax_error(text)
         if problem is not None:
-            source.tell(f"{where}: chat template {name!r} is none: {problem}; {_HINT}")
+            source.tell(f"{where}: chat template {name!r} is none: {problem}; {TEMPLATE_HINT}")
     if not found:
-        source.tell(f"{source.origin}: there is no chat template; {_HINT}")
+        source.tell(f"{source.origin}: there is no chat template; {TEMPLATE_HINT}")
     elif DEFAULT not in found:
         names = ", ".join(found)
-        source.tell(f"{source.origin}: no chat template is the default, only {names}; {_HINT}")
+        source.tell(
+            f"{source.origin}: no chat template is the default, only {names}; {TEMPLATE_HINT}"
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanorun.errors import ModelError
+from nanorun.file_names import readable
 from nanorun.model.arch import HybridArch
 from nanorun.model.ggml_type import GgmlType
 from nanorun.model.gguf import GgufFile, read_gguf
@@ -70,6 +71,8 @@ class GgufSource:
     tensors: list[TensorPlan]
     metadata: dict[str, RawValue]
     """What is carried over, by key."""
+    has_template: bool
+    """Whether it has a chat template that is not empty."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -93,6 +96,7 @@ def open_gguf(path: Path, *, keep_mtp: bool = True) -> GgufSource:
         arch=kept,
         tensors=list(_plans(kept, tensors)),
         metadata=_carried(gguf),
+        has_template=bool((gguf.find("tokenizer.chat_template", str) or "").strip()),
     )
 
 
@@ -121,7 +125,7 @@ def _store(path: Path) -> Store:
 
 
 def _model(gguf: GgufFile, tensors: dict[str, SourceTensor]) -> SourceModel:
-    repository = gguf.find("nanorun.source.repository", str) or gguf.path.stem
+    repository = gguf.find("nanorun.source.repository", str) or readable(gguf.path.stem)
     files = GgufFiles(
         where=gguf.path.parent,
         argument=str(gguf.path),

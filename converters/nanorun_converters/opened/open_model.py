@@ -15,7 +15,7 @@ from nanorun.errors import UsageError
 from nanorun.model.arch import HybridArch
 from nanorun_converters.family.config import arch_from_config, ignored_entries, text_config
 from nanorun_converters.family.metadata import TEMPLATE_KEY
-from nanorun_converters.family.templates import DEFAULT, chosen_template
+from nanorun_converters.family.templates import DEFAULT, TEMPLATE_HINT, chosen_template
 from nanorun_converters.family.tokenizer import (
     CHAT_STOP,
     TOKENIZER_FILE,
@@ -79,6 +79,8 @@ def open_model(
             )
         gguf = open_gguf(source, keep_mtp=keep_mtp)
         carried = gguf.metadata
+        if template is None and not gguf.has_template:
+            gguf.model.tell(f"{source}: there is no chat template; {TEMPLATE_HINT}")
         if template is not None:
             carried = {**carried, TEMPLATE_KEY: RawValue(string(template).encode())}
         return OpenedModel(gguf.model, gguf.arch, tuple(gguf.tensors), carried=carried)
@@ -86,10 +88,7 @@ def open_model(
     config = opened.read_json(CONFIG_FILE)
     scheme = read_scheme(opened, config)
     where, again = str(opened.origin / CONFIG_FILE), options.again(opened.files.argument)
-    if keep_mtp and text_config(config).get("num_nextn_predict_layers") and not has_head(opened):
-        # transformers 5.24 saves a model that had a head without it, and its config as it was.
-        opened.tell(f"{where}: num_nextn_predict_layers: there are no mtp.* weights; left out")
-        keep_mtp = False
+    keep_mtp = keep_mtp and not lacks_head(opened, config)
     arch = arch_from_config(config, where, keep_mtp=keep_mtp, ignored=ignored, again=again)
     entries = ignored_entries(config, ignored)
     for entry in entries:
@@ -103,6 +102,19 @@ def open_model(
     return OpenedModel(
         opened, arch, tuple(tensors), vocabulary, scheme, generation, ignored_fields=entries
     )
+
+
+def lacks_head(source: SourceModel, config: Mapping[str, Any]) -> bool:
+    """Whether config.json states an MTP head of which there is no weight; then that is told.
+
+    transformers 5.24 saves a model that had a head without it, and its config as it was.
+    """
+    stated = text_config(dict(config)).get("num_nextn_predict_layers")
+    if not stated or has_head(source):
+        return False
+    where = source.origin / CONFIG_FILE
+    source.tell(f"{where}: num_nextn_predict_layers: there are no mtp.* weights; left out")
+    return True
 
 
 def _tell_of_missing_turns(source: SourceModel, vocabulary: Vocabulary) -> None:

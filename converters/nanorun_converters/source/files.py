@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from nanorun.errors import ModelError, SourceLostError
+from nanorun.file_names import readable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,7 +160,7 @@ class LocalFiles:
         parts = self.where.resolve().parts
         if self._is_snapshot:
             return parts[-3].removeprefix("models--").replace("--", "/", 1)
-        return self.where.resolve().name
+        return readable(self.where.resolve().name)
 
     @property
     def revision(self) -> str:
@@ -181,7 +182,12 @@ class LocalFiles:
         return local_file(self.where / name)
 
     def modified(self, name: str) -> int | None:
-        """When file `name` was last written, in nanoseconds; None where there is none."""
+        """When file `name` was last written, in nanoseconds; None where there is none.
+
+        None in the Hub's cache as well: there it is the time of the download.
+        """
+        if self._is_snapshot:
+            return None
         path = self.where / name
         return path.stat().st_mtime_ns if path.is_file() else None
 

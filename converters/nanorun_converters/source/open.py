@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -84,15 +83,20 @@ def _choose(
             f" {SINGLE_FILE} is taken"
         )
         return _tensors_in(files, whole)
+    try:
+        in_whole = _tensors_in(files, whole)
+    except ModelError as error:
+        notes.append(f"{error.message}: passed over, the files of {INDEX_FILE} are taken")
+        return _indexed(files, index, needs_weights)
     dates = [files.modified(name) for name in named]
     ages = [date for date in dates if date is not None]
     own = files.modified(SINGLE_FILE)
     in_shards = _indexed(files, index, needs_weights)
     if own is None or not ages or own == max(ages):
-        return _same_or_refuse(files, in_shards, _tensors_in(files, whole), notes)
+        return _same_or_refuse(files, in_shards, in_whole, notes)
     newer, older = (SINGLE_FILE, INDEX_FILE) if own > max(ages) else (INDEX_FILE, SINGLE_FILE)
     notes.append(f"{files.where / older}: passed over: {newer} is another set of weights, newer")
-    return _tensors_in(files, whole) if newer == SINGLE_FILE else in_shards
+    return in_whole if newer == SINGLE_FILE else in_shards
 
 
 def _same_or_refuse(
@@ -111,9 +115,9 @@ def _same_or_refuse(
     raise ModelError(
         f"{files.where}: {INDEX_FILE} and {SINGLE_FILE} are two sets of weights that disagree",
         facts=[
-            f"{len(in_shards)} tensors by the index, {len(whole)} in {SINGLE_FILE}, no newer one"
+            f"{len(in_shards)} tensors by the index, {len(whole)} in {SINGLE_FILE}, no newer one",
+            "remove or rename the one that is not meant",
         ],
-        tries=[f"rm {shlex.quote(str(files.where / name))}" for name in (INDEX_FILE, SINGLE_FILE)],
     )
 
 

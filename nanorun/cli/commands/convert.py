@@ -194,7 +194,8 @@ def command(
         split_max_bytes=None if split_max_size is None else parse_size(split_max_size),
         ignored_fields=tuple(ignore_field or ()), chat_template=chat_template,
     )  # fmt: skip
-    plan = plan_conversion(source_named(source), options)
+    with _told_as_notes():
+        plan = plan_conversion(source_named(source), options)
     for text in plan.notes:
         note(text)
     if dry_run:

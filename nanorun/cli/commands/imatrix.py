@@ -11,6 +11,7 @@ from nanorun.cli import options as opt
 from nanorun.cli.commands.eval import read_source
 from nanorun.cli.diagnostics import StatusLine, note, write_data, write_json
 from nanorun.cli.models import find_model
+from nanorun.file_names import readable
 
 _DEFAULT_N_CTX = 512
 
@@ -107,12 +108,12 @@ def command(
     def show_tensor(name: str, n_done: int, n_total: int) -> None:
         status.show(f"sensitivity: {n_done} of {n_total} tensors, {name}")
 
+    dataset = readable(Path(text).name) if text != "-" else "stdin"
     try:
         status.show("loading ...")
         imatrix = collect_imatrix(
-            path, content, Path(text).name if text != "-" else "stdin", out, n_ctx, options, show,
-            special=special, grams=gram,
-        )  # fmt: skip
+            path, content, dataset, out, n_ctx, options, show, special=special, grams=gram
+        )
         if n_sensitivity:
             source = Source(content, n_ctx, special=special)
             imatrix = measure_sensitivity(path, source, out, n_sensitivity, options, show_tensor)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanorun.cli import options as opt
-from nanorun.cli.diagnostics import is_terminal, write_data, write_json
+from nanorun.cli.diagnostics import is_terminal, note, write_data, write_json
 from nanorun.model.arch import HybridArch, LayerKind
 from nanorun.model.footprint import kv_bytes_per_token, state_bytes, weights_bytes
 from nanorun.model.gguf import GgufFile, read_gguf
@@ -175,16 +175,22 @@ def _source_of(gguf: GgufFile) -> str | None:
 
 def _summarize_source(folder: Path) -> Summary:
     from nanorun_converters.family.config import arch_from_config
+    from nanorun_converters.opened.open_model import lacks_head
     from nanorun_converters.options import ConvertOptions
+    from nanorun_converters.source.foreign_quantization import refuse_foreign_method
     from nanorun_converters.source.open import open_source
     from nanorun_converters.tensors.names import plan_tensors
     from nanorun_converters.tensors.tensor_plan import count_params
 
     source = open_source(folder)
+    config = source.read_json("config.json")
+    refuse_foreign_method(source, config)
     arch = arch_from_config(
-        source.read_json("config.json"), str(folder / "config.json"),
+        config, str(folder / "config.json"), keep_mtp=not lacks_head(source, config),
         again=ConvertOptions().again(str(folder)),
     )  # fmt: skip
+    for text in source.notes:
+        note(text)
     tensors = source.tensors.values()
     n_bytes = sum(t.n_bytes for t in tensors)
     return Summary(

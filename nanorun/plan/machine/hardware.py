@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanorun.errors import LibraryError, UsageError
+from nanorun.model.lookalikes import HEAD_BYTES, look_alike
 from nanorun.model.nvml import Nvml, NvmlFault, NvmlGpu, open_nvml
 from nanorun.plan.machine.cgroups import memory_limit, n_cpus_allowed
 from nanorun.plan.machine.cores import Cores, detect_cores
@@ -163,8 +164,12 @@ def read_profile(path: Path) -> Hardware:
             disk_free_bytes=data.get("disk_free_bytes", 0),
             disk_bandwidth=data.get("disk_bandwidth", 0.0),
         )
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+    except UnicodeDecodeError as error:
+        found = look_alike(path.read_bytes()[:HEAD_BYTES], str(path))
+        reason = f"expected JSON in UTF-8, found {found.what}" if found else str(error)
+        raise UsageError(f"{path} cannot be read: {reason}") from error
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise UsageError(f"{path} cannot be read: {reason}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(

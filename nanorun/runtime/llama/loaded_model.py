@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,14 +47,14 @@ _LOAD_WITHOUT_MMAP = 0  # LLAMA_LOAD_MODE_NONE
 _N_SAMPLES = 64
 
 
-def load_weights(llama: Any, gguf: GgufFile, params: Any) -> Any:
+def load_weights(llama: Any, path: Path, params: Any) -> Any:
     """The engine's handle of a model, None where it refuses the file; all files of a split one.
 
     The engine finds the other files by the name of the first only if that ends in lower case.
     """
-    paths = [str(part.path).encode() for part in gguf.parts]
-    if len(paths) == 1:
-        return llama.llama_model_load_from_file(paths[0], params)
+    if path.suffix == ".gguf":
+        return llama.llama_model_load_from_file(os.fsencode(path), params)
+    paths = [os.fsencode(part.path) for part in read_gguf(path).parts]
     return llama.llama_model_load_from_splits(
         (ctypes.c_char_p * len(paths))(*paths), len(paths), params
     )
@@ -87,7 +89,10 @@ class LoadedModel:
         if writable or (not self._llama.llama_supports_gpu_offload() and self._is_repacked):
             params.load_mode = _LOAD_WITHOUT_MMAP
         engine_log.clear()
-        self.handle = load_weights(self._llama, self.gguf, params)
+        # Real vocabularies take seconds to be made a tokenizer of; the weights take as long.
+        with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:
+            self._trained = beside.submit(trained_tokenizer, self.metadata)
+            self.handle = load_weights(self._llama, path, params)
         if not self.handle:
             raise ModelError(
                 f"{path.name} could not be loaded by llama.cpp", facts=engine_log.problems()
@@ -95,6 +100,8 @@ class LoadedModel:
         self.vocab = self._llama.llama_model_get_vocab(self.handle)
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self.vocab)
         self.load_s = time.monotonic() - started
+        self.notices: list[str] = []
+        """What people should know of this file before its first reply."""
 
     def close(self) -> None:
         """Free the weights; contexts of the model must be closed before."""
@@ -135,7 +142,9 @@ class LoadedModel:
             ModelError: If the file carries no template.
         """
         source = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str) or not source.strip():
+        # Files of others carry the byte order mark of the file that the template came from.
+        source = source.removeprefix("\ufeff") if isinstance(source, str) else ""
+        if not source.strip():
             raise ModelError(
                 f"{self.path.name} has no chat template",
                 facts=["a file that is converted anew can be given that of the family"],
@@ -241,10 +250,12 @@ class LoadedModel:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """As the model was trained where the file allows it, else llama.cpp's."""
-        trained = trained_tokenizer(self.metadata)
+        trained = self._trained.result()
         if trained is not None:
             return trained
-        log.warning("%s: %s", self.path.name, _ENGINE_TOKENS)
+        notice = f"{self.path.name}: {_ENGINE_TOKENS}"
+        log.warning("%s", notice)
+        self.notices.append(notice)
         return EngineTokenizer(self._llama, self.vocab, TokenList.from_metadata(self.metadata))
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:

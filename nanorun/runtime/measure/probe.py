@@ -20,6 +20,7 @@ from nanorun.errors import EngineError
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.measurement import PROBED, Measurement
 from nanorun.runtime.llama.binding import engine_log, load_llama
+from nanorun.runtime.llama.loaded_model import load_weights
 from nanorun.runtime.llama.params import context_params, model_params
 from nanorun.runtime.measure.process_memory import (
     GpuMemory,
@@ -234,7 +235,7 @@ def _model(path: Path, options: EngineOptions, *, for_real: bool) -> Iterator[An
     # Mapped, the weights that the engine rearranges for the processor would be resident twice.
     params.load_mode = _LOAD_NONE
     engine_log.clear()
-    handle = llama.llama_model_load_from_file(str(path).encode(), params)
+    handle = load_weights(llama, path, params)
     if not handle:
         raise EngineError(
             f"{path.name} could not be opened by llama.cpp", facts=engine_log.problems()

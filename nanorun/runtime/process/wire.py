@@ -7,6 +7,7 @@ are the same installation, so no field has to be named. `frames.py` has the fram
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -53,6 +54,27 @@ class MalformedFrame(EngineError):
         self.request_id = request_id
 
 
+# -- bytes of file names --------------------------------------------------------------------------
+
+
+def _keep_names(error: UnicodeError) -> tuple[bytes, int]:
+    """What stands for characters that UTF-8 has not: halves of surrogate pairs.
+
+    Bytes of file names (PEP 383) stay what they are, since the other side has to find the file;
+    what else there is comes from broken texts.
+    """
+    assert isinstance(error, UnicodeEncodeError)
+    broken = error.object[error.start : error.end]
+    kept = [
+        c.encode("utf-8", "surrogatepass") if "\udc80" <= c <= "\udcff" else b"?" for c in broken
+    ]
+    return b"".join(kept), error.end
+
+
+_KEEPS_NAMES = "nanorun.keeps_names"
+codecs.register_error(_KEEPS_NAMES, _keep_names)
+
+
 # -- bytes --------------------------------------------------------------------------------------
 
 
@@ -73,7 +95,7 @@ class Codec(Generic[T]):
         Raises:
             EngineError: If it is larger than the other side takes.
         """
-        body = _to_json(self._encode(frame)).encode("utf-8", "replace")
+        body = _to_json(self._encode(frame)).encode("utf-8", _KEEPS_NAMES)
         if len(body) > MAX_FRAME_BYTES:
             raise EngineError(
                 f"a message of {len(body)} bytes to or from the engine's process is too large",

@@ -101,3 +101,21 @@ def test_choice_is_written_and_taken_from_a_gguf_as_well(tmp_path: Path) -> None
     assert "<|im_start|>assistant" in family
     convert(first, ConvertOptions(out=second, chat_template=str(mine)))
     assert read_gguf(second).metadata["tokenizer.chat_template"] == "{{ 'mine' }}"
+
+
+def test_gguf_without_a_template_is_said(tmp_path: Path) -> None:
+    source = Path(opened(tmp_path / "model").origin)
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    assert convert(source, ConvertOptions(out=first, recipe="bf16")).notes
+    assert convert(first, ConvertOptions(out=second)).notes == (
+        f"{first}: there is no chat template; --chat-template FILE or --chat-template family"
+        " gives the file one",
+    )
+
+
+def test_template_without_the_tokens_of_its_turns_is_said(tmp_path: Path) -> None:
+    source = Path(opened(tmp_path / "model", file="{{ '<|im_end|>' }}").origin)
+    path = source / "tokenizer.json"
+    path.write_text(path.read_text().replace("<|im_end|>", "<|other|>"))
+    notes = convert(source, ConvertOptions(out=tmp_path / "a.gguf")).notes
+    assert "ends turns with <|im_end|>, which is no token of this model" in notes[0]

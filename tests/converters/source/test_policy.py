@@ -115,3 +115,20 @@ def test_shard_that_the_index_does_not_name_is_said(tmp_path: Path) -> None:
 def test_folder_in_order_has_no_notes(tmp_path: Path) -> None:
     assert open_source(write_source_model(tmp_path / "a", n_shards=3)).notes == []
     assert open_source(write_source_model(tmp_path / "b")).notes == []
+
+
+def test_dates_in_the_cache_of_the_hub_are_those_of_downloads(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "abc"
+    both(touched(both(snapshot), newer=WHOLE))
+    assert LocalFiles(snapshot).modified(WHOLE) is None
+    source = open_source(snapshot)
+    assert WHOLE not in {store.name for store in source.stores}
+    assert f"{snapshot / WHOLE}: passed over: {INDEX_FILE} names as many tensors" in source.notes
+
+
+def test_whole_file_that_is_cut_short_is_passed_over_and_said(tmp_path: Path) -> None:
+    folder = touched(both(tmp_path), newer=WHOLE)
+    (folder / WHOLE).write_bytes((folder / WHOLE).read_bytes()[:-4])
+    source = open_source(folder)
+    assert WHOLE not in {store.name for store in source.stores}
+    assert "it is truncated" in source.notes[0]

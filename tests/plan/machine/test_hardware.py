@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanorun.errors import UsageError
+from nanorun.plan.explain import decisions
 from nanorun.plan.machine import hardware
 from nanorun.plan.machine.cgroups import memory_limit, n_cpus_allowed
 from nanorun.plan.machine.hardware import (
@@ -16,6 +17,8 @@ from nanorun.plan.machine.hardware import (
     detect_nvidia,
     read_profile,
 )
+from nanorun.plan.memory_plan import plan_model
+from nanorun.plan.plan import Wish
 from tests.plan.profiles import NAMES, profile
 from tests.support.fake_nvml import (
     DRIVER_NOT_LOADED,
@@ -27,6 +30,7 @@ from tests.support.fake_nvml import (
     NoTextError,
     NVMLError,
 )
+from tests.support.fakes import fake_shape
 
 GIB = 2**30
 HOST = Host(description="cpu", total_bytes=128 * GIB, available_bytes=100 * GIB, n_cores=20)
@@ -291,3 +295,24 @@ def test_unknown_device_is_refused_by_name() -> None:
     with pytest.raises(UsageError, match="no device 'cuda:2'") as caught:
         profile("2x-rtx-3090").restricted("cuda:2")
     assert caught.value.facts == ("devices: auto, cpu, cuda:0, cuda:1",)
+
+
+def test_plan_names_what_costs_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = FakeNvml().install(monkeypatch)
+    nvml.fail("nvmlDeviceGetMemoryInfo", NVMLError(GPU_IS_LOST))
+    machine = detect_hardware()
+    plan = plan_model([fake_shape("pico", Path("pico.gguf"))], machine, Wish(n_ctx=1024))
+    reasons = [line for line in decisions(plan) if "nvmlDeviceGetMemoryInfo of GPU 0" in line]
+    assert len(reasons) == 1
+    assert reasons[0].endswith("this GPU is not used: see `nanorun doctor`")
+
+
+def test_profile_of_windows_notepad_is_read_and_utf_16_is_named(tmp_path: Path) -> None:
+    machine = read_profile(next(Path("tests/data/hardware").glob("*.json")))
+    path = tmp_path / "profile.json"
+    text = json.dumps(as_profile(machine))
+    path.write_text(text, encoding="utf-8-sig")
+    assert read_profile(path) == machine
+    path.write_text(text, encoding="utf-16")
+    with pytest.raises(UsageError, match="expected JSON in UTF-8, found text in UTF-16"):
+        read_profile(path)

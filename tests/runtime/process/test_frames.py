@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nanorun import errors
 from nanorun.errors import EngineDied, EngineError, NanorunError, UsageError
 from nanorun.model.chat import Event, Finished, GenerateOptions, TextDelta, TokenLogprobs, ToolCall
+from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.process import wire
 from nanorun.runtime.process.frames import (
     ANSWERS,
@@ -27,6 +28,7 @@ from nanorun.runtime.process.frames import (
     Failed,
     Generate,
     JobAnswer,
+    Open,
     Progress,
     Request,
     Result,
@@ -137,6 +139,15 @@ def test_bytes_of_a_token_need_not_be_a_character() -> None:
 
 def test_text_that_is_no_unicode_becomes_question_marks() -> None:
     assert carried(ANSWERS, Said("r1", TextDelta("a\ud800"))).event == TextDelta("a?")
+
+
+@given(st.binary())
+def test_paths_arrive_whatever_their_bytes_are(name: bytes) -> None:
+    path = name.decode("utf-8", "surrogateescape")
+    options = EngineOptions(state_dir=f"/states/{path}")
+    assert carried(REQUESTS, Open("open", path, options)) == Open("open", path, options)
+    call = Call("module:job", {"path": path})
+    assert carried(CALLS, call) == call
 
 
 def test_error_that_is_not_nanoruns_own_becomes_an_engine_error() -> None:
