@@ -4,6 +4,10 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip --disable-pip-version-check
 MODEL  ?= pico
+SHELL  := bash
+# Quiet, but for what takes minutes.
+INSTALL = install() { set -o pipefail; $(PIP) install --progress-bar off --constraint constraints.txt \
+	--editable "$$1" | awk -f scripts/compiling.awk; }; install
 
 .DEFAULT_GOAL := help
 .PHONY: help setup chat demo serve test test-slow lint types imports check fmt screenshot wheel clean
@@ -13,11 +17,11 @@ help:  ## list the targets
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@$(INSTALL) .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(INSTALL) '.[dev]'
 	@touch $@
 
 setup: $(VENV)/.dev  ## make .venv with everything for development
