@@ -248,6 +248,7 @@ def _target(options: ConvertOptions, model: OpenedModel) -> Target | None:
             header += sum(_n_bytes(text) + 12 for text in texts)
             templates = model.vocabulary.chat_templates.values()
             header += sum(_n_bytes(text) for text in templates)
+            header += _n_bytes(model.vocabulary.json)
         header += sum(len(value.raw) for value in (model.carried or {}).values())
         name = f"search-{options.target_bytes / 1e9:.4g}GB"
         return Target(max(0, options.target_bytes - header), name, header)

@@ -139,6 +139,7 @@ def test_final_size_is_known_from_config_and_index_in_seconds(
     added = sum(12 + len(token.encode()) for token in vocabulary.tokens)
     added += sum(8 + len(merge.encode()) for merge in vocabulary.merges)
     added += sum(len(text.encode()) for text in vocabulary.chat_templates.values())
+    added += len(vocabulary.json.encode())
     assert len(vocabulary.tokens) == config["vocab_size"]
     assert 0 < planned.bytes - bare.bytes - added < 1024
     write_holes(folder, config)

@@ -214,7 +214,7 @@ def test_fault_that_passes_is_met_by_asking_again(tiny: Path, fault: dict[str, o
         ({"status": 418}, "cannot be read"),
         ({"content": b""}, "found nothing from byte 0 on"),
         ({"content": b"GGUF"}, "expected 4 bytes at byte 4, found a file of 4 bytes"),
-        ({"content": b"<html>" * 9}, "expected magic 'GGUF', found '<htm'"),
+        ({"content": b"<html>" * 9}, "expected a GGUF file, found a web page"),
         ({"content_range": "bytes 5-9/10"}, "expected bytes 0 to 1048575, found 'bytes 5-9/10'"),
         ({"content_range": "bytes 0-99/50"}, "found 'bytes 0-99/50'"),
         ({"content_range": "bytes 0-99/*"}, r"found 'bytes 0-99/\*'"),
