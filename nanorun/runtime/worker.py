@@ -269,7 +269,7 @@ class Worker:
                 self._answer(engine, control)
 
         job: Job[Request] = Job(asked.id)
-        if is_short(messages, options) and not needs_form(options):
+        if not needs_form(options) and is_short(messages):
             submit(prepare(job))  # sooner than another thread would wake up
         else:
             self._beside.begin("preparing", job, prepare, submit)

@@ -475,7 +475,7 @@ async def test_reply_cancelled_while_its_grammar_is_compiled_ends(
 _PREPARES_LONG_ONES_UNTIL_CANCELLED = """
 prepare = worker.prepare_request
 def prepare_slowly(*args):
-    while not worker.is_short(args[2], args[3]):
+    while not worker.is_short(args[2]):
         args[5]()
         time.sleep(0.001)
     return prepare(*args)

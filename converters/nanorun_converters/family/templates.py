@@ -91,6 +91,7 @@ def _generation_tag() -> Any:
     from jinja2.ext import Extension
 
     class GenerationTag(Extension):
+        # Jinja2 declares it without ClassVar, and mypy holds subclasses to that.
         tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: Any) -> Any:

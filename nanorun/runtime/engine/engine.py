@@ -189,8 +189,8 @@ class Engine:
             plan_rows(self._running, self.options.n_batch, self.options.n_ubatch)
         )
         for sequence in starved:
-            assert sequence.reply is not None
-            outputs += [(sequence.request.id, event) for event in sequence.reply.cut_off()]
+            if sequence.reply is not None:
+                outputs += [(sequence.request.id, event) for event in sequence.reply.cut_off()]
             outputs += self._finish(sequence, "length")
         if plan:
             outputs += self._evaluate(plan)

@@ -42,11 +42,10 @@ class Request:
     """Give way to requests that somebody waits for."""
 
 
-def is_short(messages: Sequence[Message], options: GenerateOptions) -> bool:
-    """Whether `prepare_request` takes some milliseconds at most."""
+def is_short(messages: Sequence[Message]) -> bool:
+    """Whether a prompt without tools is made in some milliseconds at most."""
     n_chars = sum(len(m.content) + len(m.thinking or "") for m in messages)
-    others = (options.tools, *(m.tool_calls for m in messages))
-    return n_chars <= SHORT_CHARS and n_chars + sum(len(str(o)) for o in others if o) <= SHORT_CHARS
+    return n_chars + sum(len(str(m.tool_calls)) for m in messages if m.tool_calls) <= SHORT_CHARS
 
 
 def prepare_request(

@@ -247,8 +247,12 @@ def test_end_of_sequence_can_be_ignored() -> None:
 # -- forms ------------------------------------------------------------------------------------
 
 
+def matcher(*tokens: int, tells: bool = False) -> Any:
+    return FakeMatcher([*tokens], tells=tells)
+
+
 def held(*tokens: int, tells: bool = False) -> Form:
-    return Form(reply=lambda: FakeMatcher([*tokens], tells=tells), call_token=CALL)  # type: ignore[arg-type,return-value]
+    return Form(reply=lambda: matcher(*tokens, tells=tells), call_token=CALL)
 
 
 def test_answer_is_held_to_its_form_and_thinking_is_free() -> None:
@@ -264,7 +268,7 @@ def test_form_begins_once_forced_closing_is_through() -> None:
 
 def test_call_is_held_and_the_text_after_it_is_free() -> None:
     form = Form(
-        call=lambda: FakeMatcher([CALL, NEWLINE, FUNCTION, END_CALL]),  # type: ignore[arg-type,return-value]
+        call=lambda: matcher(CALL, NEWLINE, FUNCTION, END_CALL),
         call_token=CALL,
     )
     reply = new_reply(tools=(TOOL,), form=form)
@@ -273,7 +277,7 @@ def test_call_is_held_and_the_text_after_it_is_free() -> None:
 
 
 def test_form_that_breaks_down_fails_the_reply() -> None:
-    reply = new_reply(form=Form(reply=lambda: FakeMatcher([]), call_token=CALL))  # type: ignore[arg-type,return-value]
+    reply = new_reply(form=Form(reply=matcher, call_token=CALL))
     advance = reply.advance(wants(A))
     assert isinstance(advance.failure, UsageError)
 
