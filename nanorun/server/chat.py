@@ -20,6 +20,8 @@ from nanorun.model.chat import (
     Notice,
     PrefillProgress,
     TokenLogprobs,
+    ToolArguments,
+    ToolCallBegun,
 )
 from nanorun.runtime.protocol import Client, Generation
 from nanorun.server import sse
@@ -159,7 +161,7 @@ def _encode_event(reply: Reply, event: Event | None, include_usage: bool) -> lis
     match event:
         case PrefillProgress(n_done=n_done, n_total=n_total):
             return [sse.comment(f"prompt {n_done} of {n_total} tokens")]
-        case TokenLogprobs():
+        case TokenLogprobs() | ToolCallBegun() | ToolArguments():
             return []
         case Notice(text):
             return [sse.comment(f"notice: {text}")]
