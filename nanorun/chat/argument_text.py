@@ -11,6 +11,7 @@ from enum import IntEnum
 from typing import Any
 
 _END_PARAMETER, _END_FUNCTION = "</parameter>", "</function>"
+_to_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps makes an encoder each time
 _UNIT = re.compile(rf"{_END_PARAMETER}|{_END_FUNCTION}|\n|[^\S\n]+|[^\s<]+|<")
 
 
@@ -30,7 +31,7 @@ class ArgumentsText:
 
     def string(self, text: str) -> str:
         """More of the string."""
-        return json.dumps(text, ensure_ascii=False)[1:-1]
+        return _to_json(text)[1:-1]
 
     def end_string(self, text: str) -> str:
         """The rest of the string."""
@@ -38,11 +39,11 @@ class ArgumentsText:
 
     def value(self, name: str, value: Any) -> str:
         """An argument with its value."""
-        return f"{self._key(name)}{json.dumps(value, ensure_ascii=False)}"
+        return f"{self._key(name)}{_to_json(value)}"
 
     def _key(self, name: str) -> str:
         before, self._before = self._before, ", "
-        return f"{before}{json.dumps(name, ensure_ascii=False)}: "
+        return f"{before}{_to_json(name)}: "
 
 
 class _Held(IntEnum):

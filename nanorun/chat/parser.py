@@ -230,16 +230,18 @@ class ReplyParser:
     def _drain(self, reader: ToolCallReader) -> None:
         """Pass on what the reader found, and go on with text when it is done."""
         for item in reader.items:
-            self._enter("call")
             match item:
-                case str():
-                    self._release(item)
-                case CallBegins(name):
-                    self._begin_call(name)
                 case CallText(text) if self._call is not None:
                     self._events.append(self._call.add(text))
+                case CallBegins(name):
+                    self._enter("call")
+                    self._begin_call(name)
                 case ParsedCall():
+                    self._enter("call")
                     self._complete_call(item)
+                case str():
+                    self._enter("call")
+                    self._release(item)
         reader.items.clear()
         if not reader.done:
             return
