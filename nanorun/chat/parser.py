@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from nanorun.chat.call_parsing import ParsedCall
+from nanorun.chat.call_events import CallEvents, unread
+from nanorun.chat.call_parsing import CallBegins, CallText, ParsedCall
 from nanorun.chat.markup import CALL, END_CALL, END_THINK, THINK
 from nanorun.chat.phrases import PhraseMatcher
 from nanorun.chat.tool_calls import ToolCallReader
 from nanorun.chat.tool_values import ToolSet
-from nanorun.model.chat import Event, TextDelta, ThinkingDelta, ToolCall, ToolCallDelta
+from nanorun.model.chat import Event, TextDelta, ThinkingDelta, ToolArguments
 
 _TAGS = frozenset({THINK, END_THINK, CALL, END_CALL})
 _NEWLINES = re.compile(r"\n*")
@@ -68,6 +69,8 @@ class ReplyParser:
         self._answer_tags = PhraseMatcher([*self._stops, *self._openers, *_TAGS])
         self._events: list[Event] = []
         self._reader: ToolCallReader | None = None
+        self._call: CallEvents | None = None  # that has begun
+        self._n_begun = 0
         self._was_thinking = False
         self._in_open_block = False
         self._mode: _Mode
@@ -108,7 +111,7 @@ class ReplyParser:
                 `</think>` in the middle of an answer from the same text quoted there.
 
         Returns:
-            What has become certain: thinking, answer text, complete tool calls.
+            What has become certain: thinking, answer text, tool calls.
         """
         if control and (tag := piece.decode("utf-8", "replace")) in _TAGS:
             self._consume(self._decoder.decode(b"", True))
@@ -227,11 +230,18 @@ class ReplyParser:
     def _drain(self, reader: ToolCallReader) -> None:
         """Pass on what the reader found, and go on with text when it is done."""
         for item in reader.items:
-            self._enter("call")
-            if isinstance(item, ParsedCall):
-                self._emit_call(item)
-            else:
-                self._release(item)
+            match item:
+                case CallText(text) if self._call is not None:
+                    self._events.append(self._call.add(text))
+                case CallBegins(name):
+                    self._enter("call")
+                    self._begin_call(name)
+                case ParsedCall():
+                    self._enter("call")
+                    self._complete_call(item)
+                case str():
+                    self._enter("call")
+                    self._release(item)
         reader.items.clear()
         if not reader.done:
             return
@@ -252,11 +262,24 @@ class ReplyParser:
         self._release(CALL)
         self._consume(leftover)
 
-    def _emit_call(self, parsed: ParsedCall) -> None:
-        call_id = f"{self._id_prefix}{self.n_tool_calls}"
-        call = ToolCall(call_id, parsed.name, parsed.arguments)
-        self._events.append(ToolCallDelta(self.n_tool_calls, call, parsed.problem))
+    def _begin_call(self, name: str) -> CallEvents:
+        self._call = CallEvents(self._n_begun, self._next_id, name)
+        self._n_begun += 1
+        self._events.append(self._call.begun())
+        return self._call
+
+    def _complete_call(self, parsed: ParsedCall) -> None:
+        if parsed.name:
+            call = self._call or self._begin_call(parsed.name)
+            self._events += call.complete(parsed)
+        else:
+            self._events.append(unread(self._n_begun, self._next_id, parsed))
+        self._call = None
         self.n_tool_calls += 1
+
+    @property
+    def _next_id(self) -> str:
+        return f"{self._id_prefix}{self.n_tool_calls}"
 
     # --- text -------------------------------------------------------------------------------
 
@@ -302,6 +325,8 @@ class ReplyParser:
                 events[-1] = TextDelta(last.text + event.text)
             elif isinstance(event, ThinkingDelta) and isinstance(last, ThinkingDelta):
                 events[-1] = ThinkingDelta(last.text + event.text)
+            elif isinstance(event, ToolArguments) and isinstance(last, ToolArguments):
+                events[-1] = ToolArguments(event.index, last.text + event.text)
             else:
                 events.append(event)
         self._events = []

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nanorun.chat.parser import ReplyParser
-from nanorun.model.chat import TextDelta, ThinkingDelta, ToolCallDelta
+from nanorun.model.chat import TextDelta, ThinkingDelta, ToolArguments, ToolCallBegun, ToolCallDelta
+from tests.support.calls import assert_told
 
 WEATHER = {
     "type": "function",
@@ -50,6 +51,7 @@ def read(text: str, tools: tuple[Any, ...] = (WEATHER, CALC), n_step: int = 0) -
     n_step = n_step or len(data) or 1
     pieces = [data[i : i + n_step] for i in range(0, len(data), n_step)]
     events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+    assert_told(events)
     found: Read = []
     for event in events:
         if isinstance(event, ToolCallDelta):
@@ -233,7 +235,7 @@ SLIPS: dict[str, tuple[str, Read]] = {
     "required one missing": (HEAD + DAYS + TAIL, [weather("city missing", days=3)]),
     "given twice": (
         HEAD + CITY + CITY.replace("Paris", "Rome") + TAIL,
-        [weather("city is given twice, first as 'Paris'", city="Rome")],
+        [weather("city is given twice, then as 'Rome'", city="Paris")],
     ),
     "tags for names": (
         HEAD + "<city>Paris</city>\n" + TAIL,
@@ -316,8 +318,9 @@ def test_broken_json_is_reported_with_its_text(name: str) -> None:
 
 def test_call_is_there_as_soon_as_its_function_ends() -> None:
     parser = ReplyParser(starts_in_thinking=False, tools=[CALC])
-    assert parser.feed((CALC_HEAD + "1\n</parameter>\n</function").encode()) == []
-    [event] = parser.feed(b">")
+    so_far = parser.feed((CALC_HEAD + "1\n</parameter>\n</function").encode())
+    assert not any(isinstance(event, ToolCallDelta) for event in so_far)
+    event = parser.feed(b">")[-1]
     assert isinstance(event, ToolCallDelta)
     assert event.call.arguments == {"expression": "1"}
 
@@ -366,7 +369,7 @@ def test_thinking_may_write_about_calls_where_there_are_no_tools() -> None:
 
 
 def feed(*pieces: str | tuple[str], **options: Any) -> list[Any]:
-    """Events of pieces of text and, in tuples, of control tokens."""
+    """Texts and complete calls in pieces of text and, in tuples, of control tokens."""
     parser = ReplyParser(**{"starts_in_thinking": False, "id_prefix": "", **options})
     events: list[Any] = []
     for piece in pieces:
@@ -375,6 +378,8 @@ def feed(*pieces: str | tuple[str], **options: Any) -> list[Any]:
         else:
             events += parser.feed(piece.encode())
     events += parser.finish()
+    assert_told(events)
+    events = [e for e in events if not isinstance(e, ToolCallBegun | ToolArguments)]
     for i in reversed(range(1, len(events))):
         if type(events[i]) is type(events[i - 1]) is not ToolCallDelta:
             events[i - 1 : i + 1] = [type(events[i])(events[i - 1].text + events[i].text)]

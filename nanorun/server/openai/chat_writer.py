@@ -7,7 +7,6 @@ DeepSeek) or both.
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import Iterable, Iterator
@@ -20,9 +19,12 @@ from nanorun.model.chat import (
     TextDelta,
     ThinkingDelta,
     TokenLogprobs,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
     Usage,
+    arguments_text,
 )
 from nanorun.server import sse
 from nanorun.server.asked import Asked
@@ -55,12 +57,8 @@ def _token_object(token: TokenLogprobs) -> dict[str, Any]:
 
 
 def _call_object(call: ToolCall) -> dict[str, Any]:
-    arguments = json.dumps(call.arguments, ensure_ascii=False)
-    return {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.name, "arguments": arguments},
-    }
+    function = {"name": call.name, "arguments": arguments_text(call)}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 class ChatWriter(SseWriter):
@@ -90,6 +88,8 @@ class ChatWriter(SseWriter):
         self._thinking_fields = () if hides_thinking else settings.thinking_fields
         self._include_usage = include_usage
         self._n_logprobs_given = [0] * asked.n
+        self._sent_arguments: dict[tuple[int, int], str] = {}
+        """What was sent of the arguments of each call, by answer and index."""
 
     def whole(self) -> dict[str, Any]:
         """The whole completion, once it has finished."""
@@ -125,7 +125,7 @@ class ChatWriter(SseWriter):
         for notice in self.notices:
             yield sse.comment(f"notice: {notice}")
         for i in range(len(self.replies)):
-            yield self._chunk(i, {"role": "assistant", "content": ""})
+            yield self._chunk(i, {"role": "assistant", "content": None})
 
     def write_event(self, i_choice: int, event: Event) -> Iterable[bytes]:
         """The chunk of an event that was just taken."""
@@ -135,12 +135,35 @@ class ChatWriter(SseWriter):
                 return [self._chunk(i_choice, reasoning)] if reasoning else []
             case TextDelta(text):
                 return [self._chunk(i_choice, {"content": text})]
-            case ToolCallDelta(call=call):
-                numbered = {"index": len(self.replies[i_choice].calls) - 1, **_call_object(call)}
-                return [self._chunk(i_choice, {"tool_calls": [numbered]})]
+            case ToolCallBegun(index, id, name):
+                return [self._begin_call(i_choice, index, id, name)]
+            case ToolArguments(index, text):
+                return [self._call_chunk(i_choice, index, text)]
+            case ToolCallDelta():
+                return self._end_call(i_choice, event)
             case Finished():
                 return [self._last_chunk(i_choice, event)]
         return []
+
+    def _begin_call(self, i: int, index: int, id: str, name: str) -> bytes:
+        self._sent_arguments[i, index] = ""
+        function = {"name": name, "arguments": ""}
+        call = {"index": index, "id": id, "type": "function", "function": function}
+        return self._chunk(i, {"tool_calls": [call]})
+
+    def _call_chunk(self, i: int, index: int, text: str) -> bytes:
+        self._sent_arguments[i, index] += text
+        call = {"index": index, "function": {"arguments": text}}
+        return self._chunk(i, {"tool_calls": [call]})
+
+    def _end_call(self, i: int, event: ToolCallDelta) -> Iterator[bytes]:
+        """What of a call was not sent yet; nothing of one that broke off."""
+        index, call = event.index, event.call
+        if (i, index) not in self._sent_arguments:
+            yield self._begin_call(i, index, call.id, call.name)
+        sent, whole = self._sent_arguments[i, index], arguments_text(call)
+        if whole.startswith(sent) and whole != sent:
+            yield self._call_chunk(i, index, whole[len(sent) :])
 
     def _last_chunk(self, i: int, finished: Finished) -> bytes:
         refusal = {} if finished.refusal is None else {"refusal": finished.refusal}
