@@ -41,6 +41,8 @@ class Sequence:
     """Tokens to guess next time."""
     n_drafted: int = 0
     n_accepted: int = 0
+    n_overtaken: int = 0
+    """Later requests that were admitted while there was no room for this one."""
     cancelled: bool = False
     n_cached: int = 0
     cached_from: Place | None = None
