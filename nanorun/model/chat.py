@@ -8,6 +8,7 @@ with `Finished`. All are plain frozen dataclasses, so they cross the pipe to the
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,6 +45,35 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     """For role `tool`: the call this answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawPrompt:
+    """A prompt that no template makes: a text or token ids, one of the two.
+
+    The reply to it is plain text: no tool calls are read from it, and thinking only where the
+    prompt ends with an open `<think>`.
+
+    Raises:
+        ValueError: If there is neither or both.
+    """
+
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    """Token ids, shape `(n_prompt,)`; nothing is put before them."""
+    special: bool = True
+    """Whether control tokens spelled in the text are control tokens."""
+    add_bos: bool | None = None
+    """Whether the text begins with BOS, where it does not already; None for what the model's file
+    says."""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.tokens is None):
+            raise ValueError("a raw prompt is either a text or tokens")
+
+
+Prompt = Sequence[Message] | RawPrompt
+"""What can be answered."""
 
 
 @dataclass(frozen=True, slots=True)

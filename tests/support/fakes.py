@@ -18,6 +18,8 @@ from nanorun.model.chat import (
     Message,
     ModelInfo,
     PrefillProgress,
+    Prompt,
+    RawPrompt,
     TextDelta,
     ThinkingDelta,
     Timings,
@@ -101,6 +103,8 @@ class FakeRequest:
     messages: tuple[Message, ...]
     options: GenerateOptions
     generation: FakeGeneration
+    raw: RawPrompt | None = None
+    """The prompt, if it was none of messages."""
 
 
 class FakeGeneration:
@@ -219,10 +223,12 @@ class FakeClient:
     async def close(self) -> None:
         self.n_closes += 1
 
-    def generate(self, messages: Sequence[Message], options: GenerateOptions) -> FakeGeneration:
+    def generate(self, prompt: Prompt, options: GenerateOptions) -> FakeGeneration:
+        raw = prompt if isinstance(prompt, RawPrompt) else None
+        messages = () if isinstance(prompt, RawPrompt) else tuple(prompt)
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         generation = FakeGeneration(script)
-        self.requests.append(FakeRequest(tuple(messages), options, generation))
+        self.requests.append(FakeRequest(messages, options, generation, raw))
         return generation
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[int]:

@@ -198,13 +198,19 @@ def _union_encoder(kinds: list[Any]) -> Convert:
     if len(kinds) == 1:
         one = _encoder(kinds[0])
         return lambda value: None if value is None else one(value)
-    encoders = {kind: _encoder(kind) for kind in kinds}
+    encoders = {_class_of(kind): _encoder(kind) for kind in kinds}
 
     def encode_tagged(value: Any) -> Any:
         kind = type(value)
         return [kind.__name__, *encoders[kind](value)]
 
     return encode_tagged
+
+
+def _class_of(hint: Any) -> type:
+    """The class of the values of a type: `tuple` of `tuple[Message, ...]`."""
+    kind: type = get_origin(hint) or hint
+    return kind
 
 
 @cache
@@ -287,7 +293,7 @@ def _union_decoder(args: tuple[Any, ...]) -> Convert:
         return lambda value: None if value is None else one(value)
     if all(map(_is_plain, args)):
         return _checked(lambda value: type(value) in args, " or ".join(a.__name__ for a in args))
-    decoders = {kind.__name__: _decoder(kind) for kind in kinds}
+    decoders = {_class_of(kind).__name__: _decoder(kind) for kind in kinds}
 
     def decode_tagged(values: Any) -> Any:
         name = values[0] if type(values) is list and values else None

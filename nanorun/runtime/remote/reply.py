@@ -13,7 +13,9 @@ from typing import Any
 from nanorun.chat.call_events import CallEvents, unread
 from nanorun.chat.call_parsing import calls_from_json
 from nanorun.chat.json_arguments import JsonArguments
+from nanorun.chat.markup import THINK
 from nanorun.chat.parser import ReplyParser
+from nanorun.chat.plain_text import PlainParser
 from nanorun.chat.tool_values import ToolSet
 from nanorun.errors import EngineError
 from nanorun.model.chat import (
@@ -23,6 +25,7 @@ from nanorun.model.chat import (
     GenerateOptions,
     Notice,
     PrefillProgress,
+    RawPrompt,
     TextDelta,
     ThinkingDelta,
     Timings,
@@ -77,10 +80,17 @@ class RemoteReply:
         url: The endpoint, for errors.
         continues: Whether the prompt held thinking that is closed already, so that whatever
             comes is the answer.
+        raw: The raw prompt that is gone on from, if it was one.
     """
 
     def __init__(
-        self, dialect: Dialect, options: GenerateOptions, url: str, *, continues: bool = False
+        self,
+        dialect: Dialect,
+        options: GenerateOptions,
+        url: str,
+        *,
+        continues: bool = False,
+        raw: RawPrompt | None = None,
     ) -> None:
         self.completion_id: str | None = None
         self.thinking_field: str | None = None
@@ -103,8 +113,7 @@ class RemoteReply:
         self._continues = continues
         self._wants_logprobs = options.logprobs is not None
         self._tools = ToolSet(options.tools)
-        # An endpoint may leave tags in the text: a parser was not configured for its model.
-        self._parser = ReplyParser(starts_in_thinking=False, tools=options.tools, stop=options.stop)
+        self._parser = _parser_for(options, raw)
         self._drafts: dict[int, _CallDraft] = {}
         self._n_calls = 0
         self._n_begun = 0
@@ -395,6 +404,14 @@ class RemoteReply:
         first = self._first_at or self._last_at
         seen = Timings(prefill_s=first - self._began_at, decode_s=self._last_at - first)
         return settle_timings(self._timings or {}, seen, usage.completion_tokens)
+
+
+def _parser_for(options: GenerateOptions, raw: RawPrompt | None) -> ReplyParser | PlainParser:
+    if raw is not None:
+        thinks = (raw.text or "").rstrip("\n").endswith(THINK)
+        return PlainParser(starts_in_thinking=thinks, stop=options.stop)
+    # An endpoint may leave tags in the text: a parser was not configured for its model.
+    return ReplyParser(starts_in_thinking=False, tools=options.tools, stop=options.stop)
 
 
 def _texts(value: Any) -> list[str]:

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from nanorun import errors
 from nanorun.errors import EngineDied, EngineError, NanorunError, UsageError
-from nanorun.model.chat import Event, Finished, GenerateOptions, TextDelta, TokenLogprobs, ToolCall
+from nanorun.model.chat import (
+    Event,
+    Finished,
+    GenerateOptions,
+    RawPrompt,
+    TextDelta,
+    TokenLogprobs,
+    ToolCall,
+)
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.process import wire
 from nanorun.runtime.process.frames import (
@@ -55,6 +63,11 @@ st.register_type_strategy(float, floats)
 st.register_type_strategy(ToolCall, st.builds(ToolCall, arguments=objects))
 st.register_type_strategy(
     GenerateOptions, st.builds(GenerateOptions, tools=st.lists(objects, max_size=2).map(tuple))
+)
+st.register_type_strategy(
+    RawPrompt,
+    st.builds(RawPrompt, text=st.text())
+    | st.builds(RawPrompt, text=st.none(), tokens=st.lists(st.integers(), max_size=3).map(tuple)),
 )
 st.register_type_strategy(
     NanorunError,
@@ -171,8 +184,9 @@ def test_error_that_is_not_nanoruns_own_becomes_an_engine_error() -> None:
         (["SetBudget", "r7", "many"], "r7", "SetBudget: 'many' is no int"),
         (["SetBudget", "r7", True], "r7", "'True' is no int"),
         (["SetBudget", "r7", 1, 2], "r7", "SetBudget has 2 fields"),
-        (["Generate", "r7", [["robot"]], []], "r7", "Message has 5 fields"),
-        (["Generate", "r7", {}, []], "r7", "is no list"),
+        (["Generate", "r7", ["tuple", ["robot"]], []], "r7", "Message has 5 fields"),
+        (["Generate", "r7", {}, []], "r7", "begins with none of tuple, RawPrompt"),
+        (["Generate", "r7", ["RawPrompt", "a", [1], True, None], []], "r7", "a text or tokens"),
         ({"verb": "cancel", "id": "r7"}, "", "begins with none of"),
         ([], "", "begins with none of"),
         (None, "", "begins with none of"),
