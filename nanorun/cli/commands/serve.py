@@ -72,6 +72,7 @@ def command(
             rich_help_panel=opt.ENGINE,
         ),
     ] = 4,
+    leave: opt.LeaveOption = None,
     draft: opt.DraftOption = "off",
     keep_alive: Annotated[
         str,
@@ -106,7 +107,9 @@ def command(
     fixed = EngineOptions(
         n_parallel=n_parallel, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
     )
-    opening = plan_opening(model, path, n_ctx, command="serve", fixed=fixed, keeps_texts=True)
+    opening = plan_opening(
+        model, path, n_ctx, command="serve", fixed=fixed, leave=leave, keeps_texts=True
+    )
     client = EngineClient(
         path, opening.options, smaller=opening.smaller, keep_alive_s=_idle_limit(keep_alive)
     )
