@@ -12,6 +12,7 @@ from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
 from nanorun.server.model_names import ModelNames
 from nanorun.server.openai.chat import chat_routes
+from nanorun.server.openai.completions import completions_routes
 from nanorun.server.openai.models import models_routes
 from nanorun.server.service import Service
 from nanorun.server.settings import ServerSettings
@@ -42,4 +43,5 @@ def create_app(
 
     app.include_router(models_routes(service))
     app.include_router(chat_routes(service))
+    app.include_router(completions_routes(service))
     return app

@@ -136,12 +136,12 @@ class Service:
         self, asked: Asked, writer: Writer
     ) -> AsyncGenerator[tuple[int, Event | None], None]:
         """The events of all answers with the index of theirs, while a place is held."""
-        with self.admission.place(asked.n):
+        with self.admission.place(asked.n_answers):
             async with AsyncExitStack() as stack:
                 generations: list[Generation] = []
                 answers: list[AsyncIterator[Event | None]] = []
-                for options in asked.choices():
-                    generation = self.client.generate(asked.messages, options)
+                for prompt, options in asked.answers():
+                    generation = self.client.generate(prompt, options)
                     await stack.enter_async_context(aclosing(generation))
                     generations.append(generation)
                     answer = checked(generation, SchemaCheck(options))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from nanorun.model.chat import (
@@ -23,28 +23,14 @@ from nanorun.model.chat import (
     ToolCall,
     ToolCallBegun,
     ToolCallDelta,
-    Usage,
     arguments_text,
 )
 from nanorun.server import sse
 from nanorun.server.asked import Asked
 from nanorun.server.errors import ApiError
+from nanorun.server.openai.usage import summed_usage, usage_object
 from nanorun.server.settings import ServerSettings
 from nanorun.server.writer import SseWriter
-
-
-def usage_object(usage: Usage) -> dict[str, Any]:
-    """What a request cost."""
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-        "prompt_tokens_details": {
-            "cached_tokens": usage.cached_tokens,
-            "cached_from": usage.cached_from,
-        },
-        "completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens},
-    }
 
 
 def _logprob_object(piece: bytes, logprob: float) -> dict[str, Any]:
@@ -96,7 +82,7 @@ class ChatWriter(SseWriter):
         made = {
             **self._head("chat.completion"),
             "choices": [self._choice(i) for i in range(len(self.replies))],
-            "usage": usage_object(self._usage()),
+            "usage": self._usage(),
             "timings": asdict(self.finished().timings),
         }
         return {**made, "notices": self.notices} if self.notices else made
@@ -178,7 +164,7 @@ class ChatWriter(SseWriter):
             usage = {
                 **self._head("chat.completion.chunk"),
                 "choices": [],
-                "usage": usage_object(self._usage()),
+                "usage": self._usage(),
                 "timings": asdict(self.finished().timings),
             }
             yield sse.encode(usage)
@@ -188,16 +174,9 @@ class ChatWriter(SseWriter):
         """The error's body as the last event; no `[DONE]` follows."""
         return [sse.encode(error.body())]
 
-    def _usage(self) -> Usage:
-        """The prompt once, and what all answers cost."""
+    def _usage(self) -> dict[str, Any]:
         usages = [self.finished(i).usage for i in range(len(self.replies))]
-        return replace(
-            usages[0],
-            completion_tokens=sum(usage.completion_tokens for usage in usages),
-            thinking_tokens=sum(usage.thinking_tokens for usage in usages),
-            drafted_tokens=sum(usage.drafted_tokens for usage in usages),
-            accepted_tokens=sum(usage.accepted_tokens for usage in usages),
-        )
+        return usage_object(summed_usage(usages, n_each=len(usages)))
 
     def _reasoning(self, text: str) -> dict[str, str]:
         return dict.fromkeys(self._thinking_fields, text)
