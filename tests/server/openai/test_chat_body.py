@@ -29,7 +29,7 @@ def think(**fields: Any) -> Think:
 
 
 def parse_message(**fields: Any) -> Message:
-    return parse(messages=[fields]).to_asked(default_think=LOW).messages[0]
+    return parse(messages=[fields]).to_asked(default_think=LOW).prompt[0]
 
 
 def test_message_text_parts_are_joined() -> None:
