@@ -8,6 +8,7 @@ from fastapi import FastAPI
 
 from nanorun import __version__
 from nanorun.runtime.protocol import Client
+from nanorun.server.anthropic.messages import messages_routes
 from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
 from nanorun.server.model_names import ModelNames
@@ -44,4 +45,5 @@ def create_app(
     app.include_router(models_routes(service))
     app.include_router(chat_routes(service))
     app.include_router(completions_routes(service))
+    app.include_router(messages_routes(service))
     return app

@@ -57,9 +57,10 @@ class Gate:
     def _check_key(self, headers: Headers) -> None:
         if not self._keys:
             return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Header bytes come decoded as Latin-1; a key typed as UTF-8 is compared by its bytes.
-        token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        token = given.strip().encode("latin-1")
         is_known = False
         # Every key is compared in full, so that the time taken tells nothing about any of them.
         for key in self._keys:
@@ -67,7 +68,7 @@ class Gate:
         if not is_known:
             raise ApiError(
                 401,
-                "a valid API key is needed: Authorization: Bearer KEY",
+                "a valid API key is needed: Authorization: Bearer KEY (or x-api-key: KEY)",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
