@@ -56,8 +56,6 @@ class ToolCallReader:
 
     Feed it until `done`; what it found is in `items`: text that stood around calls, and calls.
     Before a call may come that it begins, and pieces of its arguments.
-    Without tools on offer a text that does not begin like a call is not taken for one: the reader
-    is then `refused`, and all it read is in `leftover`.
 
     Args:
         tools: The tools on offer.
@@ -68,9 +66,6 @@ class ToolCallReader:
     def __init__(self, tools: ToolSet, *, by_token: bool = False) -> None:
         self.items: list[str | CallBegins | CallText | ParsedCall] = []
         self.done = False
-        self.closed = False
-        """Whether `</tool_call>` was read."""
-        self.refused = False
         self.leftover = ""
         """Text read that belongs to what follows the call."""
         self._tools = tools
@@ -81,7 +76,6 @@ class ToolCallReader:
         self._json: ArgumentsText | None = None  # of a call that has begun
         self._name = ""  # of the open parameter
         self._value: ValueText | None = None  # of the open parameter, if it is told as it comes
-        self._is_sure = False  # that this is a call
         self._begin()
 
     def _begin(self) -> None:
@@ -106,24 +100,18 @@ class ToolCallReader:
 
     def feed_control(self, tag: str) -> None:
         """Read `<tool_call>` or `</tool_call>` that came as a control token, so it is no text."""
-        if self._step == self._read_head and tag == END_CALL and not self._draft:
-            self._is_sure = True
         self._close(cut_off=False)
         if tag == CALL:
             self._by_token = True
             self._begin()
         else:
-            self.done = self.closed = True
+            self.done = True
 
     def finish(self) -> None:
         """The reply ends here, whatever is open."""
         if self.done:
             return
-        if self._step == self._read_head and self._may_refuse:
-            self._refuse()
-            self.leftover += self._rest
-        else:
-            self._close(cut_off=True)
+        self._close(cut_off=True)
         self.done = True
 
     def _run(self) -> None:
@@ -170,16 +158,12 @@ class ToolCallReader:
                 self._step = self._read_json
                 return True
         tag = self._next_tag(_OUTSIDE)
-        if self._may_refuse and (self._has_text or tag not in (None, _FUNCTION)):
-            self._refuse()
-            return False
         if tag is None:
             return False
         if tag == _FUNCTION:
             return self._open_function()
         if tag == END_CALL or self._has_text:
             self.items.append(unusable(self._take_text()))
-            self._is_sure = True
         self._step = self._read_after
         return True
 
@@ -187,20 +171,10 @@ class ToolCallReader:
     def _has_text(self) -> bool:
         return any(text.strip() for text in self._text)
 
-    @property
-    def _may_refuse(self) -> bool:
-        """Whether what was read so far may turn out to be no call, but text."""
-        return not self._tools and not self._is_sure
-
-    def _refuse(self) -> None:
-        self.done = self.refused = True
-        self.leftover = self._take_text()
-
     def _open_function(self) -> bool:
         name = self._read_name(_FUNCTION)
         if name is None:
             return False
-        self._is_sure = True
         if not name:
             self._step = self._read_head
             self._begun = True
@@ -251,7 +225,6 @@ class ToolCallReader:
         return True
 
     def _end_json(self) -> None:
-        self._is_sure = True
         self.items += calls_from_json(self._take_text(), self._tools)
         self._step = self._read_after
 
@@ -390,7 +363,7 @@ class ToolCallReader:
         self._rest = self._rest.lstrip()
         if self._rest.startswith(END_CALL):
             self._skip(len(END_CALL))
-            self.done = self.closed = True
+            self.done = True
         elif self._rest.startswith(CALL):
             self._skip(len(CALL))
             self._begin()
@@ -415,7 +388,6 @@ class ToolCallReader:
         elif self._step == self._read_json:
             self._end_json()
         elif self._step == self._read_head:
-            self._is_sure = True
             self.items.append(unusable(self._take_text()))
         elif self._has_text:
             self.items.append(self._take_text())

@@ -337,32 +337,37 @@ def test_ids_of_calls_differ_between_replies() -> None:
 # -- without tools on offer ------------------------------------------------------------------------
 
 
-def test_call_is_read_without_tools_too() -> None:
-    assert read(HEAD + CITY + DAYS + TAIL, tools=()) == [TWO_DAYS]
-    assert read(f"<tool_call>{JSON}</tool_call>", tools=()) == [PARIS]
-
-
 @pytest.mark.parametrize(
     "text",
     [
+        HEAD + CITY + DAYS + TAIL,
+        f"<tool_call>{JSON}</tool_call>",
+        "<function=get_weather>\n<parameter=city>\nParis",
         "A call starts with <tool_call> and ends with </tool_call>, like a tag.",
-        "`<tool_call>`",
         "<tool_call>",
-        "<tool_call> <func",
-        "<tool_call>\n\n<functor",
-        "<tool_call><tool_call>x</tool_call>",
+        "</tool_call>",
+        "<tool_call>\n<function=f>\n</function>\n</tool_call>\n\nDone.",
     ],
 )
 @pytest.mark.parametrize("n_step", [0, 1])
-def test_answer_may_write_about_calls_where_there_are_no_tools(text: str, n_step: int) -> None:
+def test_calls_are_text_where_no_tools_are_offered(text: str, n_step: int) -> None:
     assert read(text, tools=(), n_step=n_step) == [text]
 
 
-def test_thinking_may_write_about_calls_where_there_are_no_tools() -> None:
-    parser = ReplyParser(starts_in_thinking=True)
-    events = parser.feed(b"no <tool_call> here") + parser.feed(b"</think>Hi")
-    assert "".join(event.text for event in events[:-1]) == "no <tool_call> here"  # type: ignore[union-attr]
-    assert events[-1] == TextDelta("Hi")
+def test_calls_by_token_are_text_where_no_tools_are_offered() -> None:
+    call = CALC_HEAD + "1" + CALC_TAIL
+    body = call.removeprefix("<tool_call>").removesuffix("</tool_call>")
+    assert feed("So:\n", ("<tool_call>",), body, ("</tool_call>",), "\nHi") == [
+        TextDelta(f"So:\n{call}\nHi")
+    ]
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_thinking_ends_with_its_own_tag_where_no_tools_are_offered(by_token: bool) -> None:
+    tag = ("<tool_call>",) if by_token else "<tool_call>"
+    end = ("</think>",) if by_token else "</think>"
+    events = feed("no ", tag, " here\n", end, "\n\nHi", starts_in_thinking=True)
+    assert events == [ThinkingDelta("no <tool_call> here"), TextDelta("Hi")]
 
 
 # -- tags that come as control tokens --------------------------------------------------------------
@@ -433,8 +438,9 @@ def test_last_parameter_may_be_open_where_the_call_began_with_a_token() -> None:
 
 def test_control_token_is_text_of_nothing_it_does_not_fit() -> None:
     assert feed("a<thi", ("<|im_start|>",), "nk>") == [TextDelta("a<thi<|im_start|>nk>")]
-    assert feed("a<thi", ("</tool_call>",), "b") == [TextDelta("a<thib")]
-    assert feed(("</tool_call>",), starts_in_thinking=True) == [ThinkingDelta("</tool_call>")]
+    assert feed("a<thi", ("</tool_call>",), "b", tools=[CALC]) == [TextDelta("a<thib")]
+    events = feed(("</tool_call>",), starts_in_thinking=True, tools=[CALC])
+    assert events == [ThinkingDelta("</tool_call>")]
 
 
 def test_control_token_completes_an_unfinished_character() -> None:
