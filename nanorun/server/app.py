@@ -12,6 +12,7 @@ from nanorun.server.anthropic.messages import messages_routes
 from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
 from nanorun.server.model_names import ModelNames
+from nanorun.server.ollama.routes import ollama_routes
 from nanorun.server.openai.chat import chat_routes
 from nanorun.server.openai.completions import completions_routes
 from nanorun.server.openai.models import models_routes
@@ -46,4 +47,6 @@ def create_app(
     app.include_router(chat_routes(service))
     app.include_router(completions_routes(service))
     app.include_router(messages_routes(service))
+    if settings.ollama:
+        app.include_router(ollama_routes(service))
     return app

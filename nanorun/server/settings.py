@@ -33,6 +33,8 @@ class ServerSettings:
 
     any_model: bool = False
     """Whether requests may name any model; the one there is answers."""
+    ollama: bool = True
+    """Whether Ollama's routes are served."""
     thinking_fields: tuple[str, ...] = ("reasoning",)
     """Names under which chat completions give the thinking."""
 
