@@ -37,6 +37,17 @@ def create_app(
     app.add_middleware(Gate, settings=settings)
     install_handlers(app)
 
+    @app.get("/", include_in_schema=False)
+    @app.get("/v1", include_in_schema=False)
+    async def point_the_way() -> dict[str, Any]:
+        """Say what is where."""
+        return {
+            "nanorun": __version__,
+            "model": model_name,
+            "paths": sorted(app.openapi()["paths"]),
+        }
+
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """Whether requests can be answered."""
