@@ -226,6 +226,8 @@ class Engine:
 
     def _admit(self) -> list[Output]:
         outputs: list[Output] = []
+        if not self._waiting:
+            return outputs
         for sequence in sorted(self._waiting, key=lambda sequence: sequence.turn):
             if self._waits_for_leader(sequence):
                 continue

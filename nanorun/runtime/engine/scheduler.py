@@ -8,6 +8,7 @@ are read in smaller pieces, because a batch delays every sequence in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from nanorun.runtime.llama.row import Row
@@ -58,20 +59,29 @@ def plan_rows(sequences: Sequence[S], n_batch: int, n_ubatch: int) -> list[tuple
         n_ubatch: Tokens after which a cancellation takes effect.
     """
     plan: list[tuple[S, Row]] = []
-    in_turn = sorted(sequences, key=lambda sequence: sequence.turn)
+    in_turn = sorted(sequences, key=attrgetter("turn"))
+    to_read = []
     for sequence in in_turn:
-        if not sequence.in_prefill and sequence.branch is not None and sequence.pending is not None:
-            tokens, n_drafts = [sequence.pending, *sequence.drafts], len(sequence.drafts)
-            row = Row(sequence.branch.seq_id, sequence.n_evaluated, tokens, True, n_drafts=n_drafts)
+        branch = sequence.branch
+        if branch is None:
+            continue
+        if sequence.in_prefill:
+            to_read.append((sequence, branch))
+        elif sequence.pending is not None:
+            drafts = sequence.drafts
+            tokens = [sequence.pending, *drafts]
+            row = Row(branch.seq_id, sequence.n_evaluated, tokens, True, n_drafts=len(drafts))
             plan.append((sequence, row))
+    if not to_read:
+        return plan
     n_left = min(n_batch, n_ubatch) - sum(len(row.tokens) for _, row in plan)
     if plan:
         n_left = min(n_left, MAX_PREFILL_BESIDE_DECODE)
     elif all(sequence.is_read_only for sequence in in_turn):
         n_left = min(n_left, MAX_READ_AHEAD)
-    for sequence in in_turn:
-        if sequence.in_prefill and sequence.branch is not None and n_left > 0:
-            row = _prefill_row(sequence, sequence.branch, n_left)
+    for sequence, branch in to_read:
+        if n_left > 0:
+            row = _prefill_row(sequence, branch, n_left)
             plan.append((sequence, row))
             n_left -= len(row.tokens)
     return plan
@@ -93,6 +103,8 @@ def separate_guesses(plan: Sequence[tuple[S, Row]], n_ubatch: int) -> list[list[
     rows of the same length, which llama.cpp puts into the same ubatch, and rolled back before the
     next part.
     """
+    if not any(row.n_drafts for _, row in plan):
+        return [list(plan)]
     by_length: dict[int, list[tuple[S, Row]]] = {}
     for sequence, row in plan:
         by_length.setdefault(len(row.tokens) if row.n_drafts else 0, []).append((sequence, row))
