@@ -90,7 +90,7 @@ class Context:
         self._batch = _Batch(self._llama, options.n_batch, self.n_embd if head_of else 0)
         self._logits_address = _logits_address(self._llama)
         self._logits_views: dict[tuple[int, int], NDArray[np.float32]] = {}
-        """By address and rows: to make a view costs more than to find a token in it, and llama.cpp
+        """By address and rows: making a view takes longer than finding a token in it, and llama.cpp
         puts its outputs into the same few places again and again."""
 
     def close(self) -> None:
@@ -150,7 +150,8 @@ class Context:
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """Logits `(n_vocab,)` of one output of the last decode; a view until the next decode."""
-        return self.logits_of(index, 1)[0]
+        logits: NDArray[np.float32] = self.logits_of(index, 1)[0]
+        return logits
 
     def logits_of(self, index: int, n_rows: int) -> NDArray[np.float32]:
         """Logits `(n_rows, n_vocab)` of outputs that follow each other; a view, as above.
@@ -161,11 +162,11 @@ class Context:
         address = self._logits_address(self.handle, index)
         if address is None:
             raise EngineError(f"the last batch has no logits at {index}")
-        view = self._logits_views.get((address, n_rows))
+        view: NDArray[np.float32] | None = self._logits_views.get((address, n_rows))
         if view is None:
             pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
-            view = np.ctypeslib.as_array(pointer, shape=(n_rows, self.model.n_vocab))
-            self._logits_views[address, n_rows] = view
+            shape = n_rows, self.model.n_vocab
+            view = self._logits_views[address, n_rows] = np.ctypeslib.as_array(pointer, shape=shape)
         return view
 
     def keep_hidden_states(self, *, only_outputs: bool = False) -> None:
@@ -332,11 +333,11 @@ class _Batch:
         for row in rows:
             n_tokens = len(row.tokens)
             end = start + n_tokens
-            self.tokens[start:end] = row.tokens
+            self.tokens[start:end] = [*row.tokens]
             self.positions[start:end] = list(range(row.pos, row.pos + n_tokens))
             self.seq_ids[start:end] = [row.seq_id] * n_tokens
             first = self._first_output(row, start, end)
-            self.outputs[start:end] = [0] * (first - start) + [1] * (end - first)
+            self.outputs[start:end] = [i >= first for i in range(start, end)]
             outputs.append(first if first < end else None)
             start = end
         self.struct.n_tokens = start
