@@ -111,7 +111,10 @@ def _take(reply: Reply, chunk: dict[str, Any], started: float) -> None:
         raise RuntimeError(chunk["error"])
     for choice in chunk.get("choices", ()):
         delta = choice["delta"]
-        thinking, answer = delta.get("reasoning_content") or "", delta.get("content") or ""
+        thinking, answer = (
+            delta.get("reasoning") or delta.get("reasoning_content") or "",
+            delta.get("content") or "",
+        )
         if (thinking or answer) and not reply.first_token_s:
             reply.first_token_s = time.perf_counter() - started
         reply.thinking += thinking

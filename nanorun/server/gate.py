@@ -41,7 +41,7 @@ class Gate:
                 self._check_key(headers)
             limited = self._limit(headers, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, limited, send)
 

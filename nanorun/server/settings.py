@@ -31,6 +31,11 @@ class ServerSettings:
     think: Think = MEDIUM
     """Reasoning depth of requests that name none."""
 
+    any_model: bool = False
+    """Whether requests may name any model; the one there is answers."""
+    thinking_fields: tuple[str, ...] = ("reasoning",)
+    """Names under which chat completions give the thinking."""
+
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach the endpoint."""

@@ -14,16 +14,18 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+MEDIA_TYPE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
 
 # nginx holds a stream back until its buffer is full unless told not to.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def encode(payload: Mapping[str, Any]) -> bytes:
-    """One event."""
+def encode(payload: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event, with a line that names it where the API has one."""
     body = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {body}\n\n".encode()
+    line = f"event: {name}\n" if name else ""
+    return f"{line}data: {body}\n\n".encode()
 
 
 def comment(text: str) -> bytes:
@@ -40,10 +42,13 @@ class EventStream(StreamingResponse):
     Args:
         first: What the generator yielded already.
         rest: The generator.
+        media_type: What it is.
     """
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(_chain(first, rest), media_type="text/event-stream", headers=_HEADERS)
+    def __init__(
+        self, first: bytes, rest: AsyncGenerator[bytes, None], media_type: str = MEDIA_TYPE
+    ) -> None:
+        super().__init__(_chain(first, rest), media_type=media_type, headers=_HEADERS)
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

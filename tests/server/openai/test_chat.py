@@ -35,7 +35,6 @@ async def test_completion_has_answer_thinking_and_usage(endpoint: Make) -> None:
     assert choice["message"] == {
         "role": "assistant",
         "content": "the answer",
-        "reasoning_content": "let me see",
         "reasoning": "let me see",
     }
     assert body["usage"] == {
@@ -45,6 +44,47 @@ async def test_completion_has_answer_thinking_and_usage(endpoint: Make) -> None:
         "prompt_tokens_details": {"cached_tokens": 5, "cached_from": None},
         "completion_tokens_details": {"reasoning_tokens": 3},
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "names"),
+    [
+        ({}, {}, {"reasoning"}),
+        ({"thinking_fields": ("reasoning_content",)}, {}, {"reasoning_content"}),
+        ({"thinking_fields": ("reasoning", "reasoning_content")}, {},
+         {"reasoning", "reasoning_content"}),
+        ({}, {"include_reasoning": False}, set()),
+        ({}, {"reasoning": {"exclude": True}}, set()),
+    ],
+)  # fmt: skip
+async def test_thinking_has_the_names_that_are_wanted(
+    endpoint: Make, settings: dict[str, Any], fields: dict[str, Any], names: set[str]
+) -> None:
+    api = endpoint(reply("4", thinking="2+2"), reply("4", thinking="2+2"), **settings)
+    message = (await api.chat(**fields)).json()["choices"][0]["message"]
+    assert message.keys() == {"role", "content"} | names
+    stream = await api.stream(**fields)
+    assert {name for name in ("reasoning", "reasoning_content") if stream.text(name)} == names
+
+
+async def test_several_answers_have_seeds_of_their_own_and_all_their_usage(endpoint: Make) -> None:
+    api = endpoint(reply("a b"), reply("c", reason="length"))
+    body = (await api.chat(n=2, seed=7)).json()
+    said = [(c["index"], c["message"]["content"], c["finish_reason"]) for c in body["choices"]]
+    assert said == [(0, "a b", "stop"), (1, "c", "length")]
+    assert body["usage"]["completion_tokens"] == 3
+    assert [request.options.seed for request in api.client.requests] == [7, 8]
+
+
+async def test_stream_of_several_answers_tells_them_apart(endpoint: Make) -> None:
+    stream = await endpoint(reply("a b"), reply("c d")).stream(n=2)
+    said = {0: "", 1: ""}
+    for chunk in stream.chunks:
+        (choice,) = chunk["choices"]
+        said[choice["index"]] += choice["delta"].get("content") or ""
+    assert said == {0: "a b", 1: "c d"}
+    assert [c["choices"][0]["finish_reason"] for c in stream.chunks].count("stop") == 2
+    assert stream.is_done
 
 
 async def test_completion_without_thinking_has_no_reasoning(endpoint: Make) -> None:
@@ -80,7 +120,7 @@ async def test_request_reaches_the_engine(endpoint: Make) -> None:
 async def test_stream_has_role_thinking_answer_and_end(endpoint: Make) -> None:
     stream = await endpoint(reply("the answer", thinking="let me see")).stream()
     assert stream.deltas[0] == {"role": "assistant", "content": ""}
-    assert stream.text("reasoning_content") == stream.text("reasoning") == "let me see"
+    assert stream.text("reasoning") == "let me see"
     assert stream.text("content") == "the answer"
     assert [c["choices"][0]["finish_reason"] for c in stream.chunks][-2:] == [None, "stop"]
     assert len({(c["id"], c["created"]) for c in stream.chunks}) == 1
