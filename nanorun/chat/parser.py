@@ -307,8 +307,11 @@ class ReplyParser:
 
     def _take_events(self) -> list[Event]:
         """The events since the last call, neighbours of one kind joined."""
+        taken, self._events = self._events, []
+        if len(taken) < 2:
+            return taken
         events: list[Event] = []
-        for event in self._events:
+        for event in taken:
             last = events[-1] if events else None
             if isinstance(event, TextDelta) and isinstance(last, TextDelta):
                 events[-1] = TextDelta(last.text + event.text)
@@ -318,5 +321,4 @@ class ReplyParser:
                 events[-1] = ToolArguments(event.index, last.text + event.text)
             else:
                 events.append(event)
-        self._events = []
         return events

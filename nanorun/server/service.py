@@ -8,7 +8,7 @@ before and after a stream has begun, and a client that leaves.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 
 from fastapi import Request
@@ -111,26 +111,19 @@ class Service:
         try:
             async with (
                 aclosing(self._events(asked, writer)) as all_events,
-                aclosing(sse.with_pauses(all_events, self.settings.keepalive_s)) as events,
+                aclosing(sse.gathered(all_events, self.settings.keepalive_s)) as gatherings,
             ):
-                async for item in events:
-                    if not has_begun:
+                async for gathering in gatherings:
+                    opening = b"" if has_begun else b"".join(writer.opening())
+                    piece = opening + _written(writer, gathering)
+                    if piece:
                         has_begun = True
-                        for piece in writer.opening():
-                            yield piece
-                    i_choice, event = item or (0, None)
-                    if event is None:
-                        yield writer.pause("waiting")
-                        continue
-                    for piece in writer.write(i_choice, writer.take(i_choice, event)):
                         yield piece
-            for piece in writer.closing():
-                yield piece
+            yield b"".join(writer.closing())
         except Exception as error:
             if not has_begun:
                 raise
-            for piece in writer.failure(to_api_error(error)):
-                yield piece
+            yield b"".join(writer.failure(to_api_error(error)))
 
     async def _events(
         self, asked: Asked, writer: Writer
@@ -154,6 +147,17 @@ class Service:
                         yield i_choice, event
                 finally:
                     self.streams.pop(writer.id, None)
+
+
+def _written(writer: Writer, gathering: Sequence[tuple[int, Event | None]]) -> bytes:
+    """What a stream says of events that came together; of none, that it goes on."""
+    pieces: list[bytes] = []
+    for i_choice, event in gathering or [(0, None)]:
+        if event is None:
+            pieces.append(writer.pause("waiting"))
+        else:
+            pieces += writer.write(i_choice, writer.take(i_choice, event))
+    return b"".join(pieces)
 
 
 async def _first(pieces: AsyncGenerator[bytes, None]) -> bytes:

@@ -204,6 +204,8 @@ class Engine:
 
     def _admit(self) -> list[Output]:
         outputs: list[Output] = []
+        if not self._waiting:
+            return outputs
         blocked: Sequence | None = None
         for sequence in self._waiting.head():
             if blocked is not None and not may_overtake(sequence, blocked):

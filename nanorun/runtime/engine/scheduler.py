@@ -11,6 +11,7 @@ sequence in it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Protocol, TypeVar
 
 from nanorun.runtime.llama.row import Row
@@ -63,24 +64,32 @@ def plan_rows(sequences: Sequence[S], n_batch: int, n_ubatch: int) -> list[tuple
         n_ubatch: Tokens after which a cancellation takes effect.
     """
     plan: list[tuple[S, Row]] = []
-    in_turn = sorted(sequences, key=lambda sequence: sequence.turn)
+    in_turn = sorted(sequences, key=attrgetter("turn"))
+    to_read = []
     for sequence in in_turn:
-        if not sequence.in_prefill and sequence.branch is not None and sequence.pending is not None:
-            tokens, n_drafts = [sequence.pending, *sequence.drafts], len(sequence.drafts)
-            row = Row(sequence.branch.seq_id, sequence.n_evaluated, tokens, True, n_drafts=n_drafts)
+        branch = sequence.branch
+        if branch is None:
+            continue
+        if sequence.in_prefill:
+            to_read.append(sequence)
+        elif sequence.pending is not None:
+            drafts = sequence.drafts
+            tokens = [sequence.pending, *drafts]
+            row = Row(branch.seq_id, sequence.n_evaluated, tokens, True, n_drafts=len(drafts))
             plan.append((sequence, row))
+    if not to_read:
+        return plan
     n_left = min(n_batch, n_ubatch) - sum(len(row.tokens) for _, row in plan)
     if plan:
         n_left = min(n_left, MAX_PREFILL_BESIDE_DECODE)
     elif all(sequence.is_read_only for sequence in in_turn):
         n_left = min(n_left, MAX_READ_AHEAD)
-    reading = [s for s in in_turn if s.in_prefill and s.branch is not None]
-    return plan + _prefill_rows(reading, n_left)
+    return plan + _prefill_rows(to_read, n_left)
 
 
 def _prefill_rows(reading: Sequence[S], n_left: int) -> list[tuple[S, Row]]:
     """Share the room of a batch among prompts, given in the order of their turns."""
-    if not reading or n_left <= 0:
+    if n_left <= 0:
         return []
     first = reading[0]
     n_kept = len(_prefill_row(first, -(-n_left // N_SHARES)).tokens)
@@ -120,6 +129,8 @@ def separate_guesses(plan: Sequence[tuple[S, Row]], n_ubatch: int) -> list[list[
     rows of the same length, which llama.cpp puts into the same ubatch, and rolled back before the
     next part.
     """
+    if not any(row.n_drafts for _, row in plan):
+        return [list(plan)]
     by_length: dict[int, list[tuple[S, Row]]] = {}
     for sequence, row in plan:
         by_length.setdefault(len(row.tokens) if row.n_drafts else 0, []).append((sequence, row))
