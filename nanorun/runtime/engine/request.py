@@ -38,6 +38,9 @@ class Request:
     """Token positions where another prompt may diverge: end of the system part, start of turns."""
     reply: ReplySettings | None
     """How to answer; None to read the prompt only, in idle time, for the sake of the next turn."""
+    n_prefix: int = 0
+    """Tokens before the first question, one of the boundaries: the system part and tools, and what
+    a client says in turns of the user before it. Other conversations begin with them as well."""
     background: bool = False
     """Give way to requests that somebody waits for."""
 
@@ -84,8 +87,23 @@ def prepare_request(
     return Request(
         request_id, prompt, boundaries,
         reply=_settle(model, options, form, thinks=thinks),
+        n_prefix=_n_before_question(messages, rendered, boundaries),
         background=options.priority == "background",
     )  # fmt: skip
+
+
+def _n_before_question(
+    messages: Sequence[Message], rendered: RenderedPrompt, positions: Sequence[int]
+) -> int:
+    """Tokens before the last turn of the user that no reply or tool result comes before; else 0."""
+    said = (i for i, message in enumerate(messages) if message.role not in ("system", "user"))
+    n_opening = next(said, len(messages))
+    starts = [
+        position
+        for position, boundary in zip(positions, rendered.boundaries, strict=True)
+        if boundary.kind != "generation" and boundary.i_message < n_opening
+    ]
+    return max(starts, default=0)
 
 
 def _settle(
@@ -137,7 +155,11 @@ def prepare_reading(
     if not ends:
         return None
     end = ends[0]
-    return Request(request_id, prompt[:end], tuple(p for p in boundaries if p <= end), reply=None)
+    return Request(
+        request_id, prompt[:end], tuple(p for p in boundaries if p <= end),
+        reply=None,
+        n_prefix=_n_before_question(following, rendered, boundaries),
+    )  # fmt: skip
 
 
 def _render(
