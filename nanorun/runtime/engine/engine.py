@@ -73,7 +73,7 @@ class Engine:
         )
         self._new_reply = new_reply
         self._admission: Admission[Sequence] = Admission(self.tree)
-        self._waiting = Waiting()
+        self._waiting: Waiting[Sequence] = Waiting()
         self._running: list[Sequence] = []
         self._in_batch: list[Sequence] = []
         self._unsaved = Unsaved(self.tree)
