@@ -29,7 +29,8 @@ def create_app(
         settings: Limits and rules; those of a loopback endpoint by default.
     """
     settings = settings or ServerSettings()
-    service = Service(client, ModelNames(model_name, any_name=settings.any_model), settings)
+    names = ModelNames(model_name, settings.aliases, any_name=settings.any_model)
+    service = Service(client, names, settings)
     # Swagger's pages would load scripts from the network.
     app = FastAPI(title="nanorun", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, settings=settings)

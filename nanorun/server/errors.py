@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nanorun.errors import ContextFull, EngineDied, EngineError, NanorunError, UsageError
+from nanorun.server.paths import near
 
 log = logging.getLogger(__name__)
 
@@ -147,12 +148,19 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
     where = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return ApiError(404, f"there is no {where}", code="unknown_url", headers=headers)
+        routes = near(request.url.path, _paths(request))
+        there_is = f"; there is {', '.join(routes)}" if routes else "; GET / lists what there is"
+        message = f"there is no {where}{there_is}"
+        return ApiError(404, message, code="unknown_url", headers=headers)
     if error.status_code == 405:
         message = f"{where} is not allowed; use {headers['Allow']}"
         return ApiError(405, message, code="method_not_allowed", headers=headers)
     code = "request_too_large" if error.status_code == 413 else None
     return ApiError(error.status_code, str(error.detail), code=code, headers=headers)
+
+
+def _paths(request: Request) -> list[str]:
+    return list(request.app.openapi()["paths"])
 
 
 def _from_validation(errors: Sequence[Any]) -> ApiError:

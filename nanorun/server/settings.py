@@ -18,9 +18,13 @@ class ServerSettings:
     """The address it is bound to; decides whether Host and Origin are checked."""
     api_keys: tuple[str, ...] = ()
     """Any of these lets a request in; none means that no key is asked for."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask and read answers; `*` for all."""
+    allow_hosts: tuple[str, ...] = ()
+    """Further names that requests may call the endpoint by; `*` for all."""
     n_parallel: int = 4
     """Requests the engine answers at the same time."""
-    max_queued: int = 32
+    max_queued: int = 512
     """Requests that may wait beyond those; the next one is told to come back later."""
     max_body_bytes: int = 32 * MIB
     """A million tokens of text take about 5 MB, and up to six times that with JSON escapes."""
@@ -31,6 +35,8 @@ class ServerSettings:
     think: Think = MEDIUM
     """Reasoning depth of requests that name none."""
 
+    aliases: tuple[str, ...] = ()
+    """Further names of the model."""
     any_model: bool = False
     """Whether requests may name any model; the one there is answers."""
     thinking_fields: tuple[str, ...] = ("reasoning",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
     from nanorun.server.settings import ServerSettings
 
 _NETWORK = "Network"
+
+
+class ReasoningField(StrEnum):
+    """Names under which chat completions can give the thinking."""
+
+    REASONING = "reasoning"
+    REASONING_CONTENT = "reasoning_content"
+    BOTH = "both"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are sent."""
+        if self is ReasoningField.BOTH:
+            return ("reasoning", "reasoning_content")
+        return (self.value,)
 
 
 def command(
@@ -59,6 +75,64 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    allow_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="ORIGIN",
+            help="Origin whose pages may ask and read answers (https://app.example, null, *);"
+            " may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    allow_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="Further name that requests may call this endpoint by (host.docker.internal);"
+            " may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    max_queued: Annotated[
+        int,
+        typer.Option(
+            "--max-queued",
+            metavar="N",
+            min=0,
+            help="Requests that may wait; the next is told to come back later (429).",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = 512,
+    aliases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--alias",
+            metavar="NAME",
+            help="Further name of the model towards clients; may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    any_model: Annotated[
+        bool,
+        typer.Option(
+            "--any-model",
+            help="Answer to every model name that clients send.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = False,
+    reasoning_field: Annotated[
+        ReasoningField,
+        typer.Option(
+            "--reasoning-field",
+            help="Where chat completions give the thinking.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = ReasoningField.REASONING,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
     n_parallel: Annotated[
@@ -98,7 +172,13 @@ def command(
     settings = ServerSettings(
         host=host,
         api_keys=tuple(api_keys or ()),
+        allow_origins=tuple(allow_origins or ()),
+        allow_hosts=tuple(allow_hosts or ()),
         n_parallel=n_parallel,
+        max_queued=max_queued,
+        aliases=tuple(aliases or ()),
+        any_model=any_model,
+        thinking_fields=reasoning_field.names,
         think=Think.parse(think),
     )
     check_keys(settings)
