@@ -10,6 +10,7 @@ from nanorun import __version__
 from nanorun.runtime.protocol import Client
 from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
+from nanorun.server.index import index_routes
 from nanorun.server.model_names import ModelNames
 from nanorun.server.openai.chat import chat_routes
 from nanorun.server.openai.completions import completions_routes
@@ -42,6 +43,7 @@ def create_app(
         service.info()
         return {"status": "ok", "model": model_name, "n_active": service.admission.n_active}
 
+    app.include_router(index_routes(model_name))
     app.include_router(models_routes(service))
     app.include_router(chat_routes(service))
     app.include_router(completions_routes(service))

@@ -162,8 +162,8 @@ def command(
 ) -> None:
     """Answer over an OpenAI-style HTTP endpoint.
 
-    Serves /v1/chat/completions, /v1/models and /health. SIGTERM or Ctrl-C lets answers under way
-    finish; a second Ctrl-C does not.
+    Serves /v1/chat/completions, /v1/completions, /v1/models and /health; GET / lists all. SIGTERM
+    or Ctrl-C lets answers under way finish; a second Ctrl-C does not.
     """
     from nanorun.runtime.client import EngineClient
     from nanorun.server.listen import bind
