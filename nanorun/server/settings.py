@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanorun.model.think import MEDIUM, Think
 
@@ -22,6 +23,10 @@ class ServerSettings:
     """Origins whose pages may ask and read answers; `*` for all."""
     allow_hosts: tuple[str, ...] = ()
     """Further names that requests may call the endpoint by; `*` for all."""
+    tls_cert: Path | None = None
+    """Certificate (PEM) to answer over TLS with; None for plain HTTP."""
+    tls_key: Path | None = None
+    """The certificate's private key."""
     n_parallel: int = 4
     """Requests the engine answers at the same time."""
     max_queued: int = 512

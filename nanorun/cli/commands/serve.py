@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,6 +98,26 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            metavar="FILE",
+            help="Certificate (PEM): answer over https.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-key",
+            metavar="FILE",
+            help="The certificate's private key (PEM, no password).",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     max_queued: Annotated[
         int,
         typer.Option(
@@ -168,12 +189,15 @@ def command(
     from nanorun.runtime.client import EngineClient
     from nanorun.server.listen import bind
     from nanorun.server.settings import ServerSettings
+    from nanorun.server.tls import check_pair
 
     settings = ServerSettings(
         host=host,
         api_keys=tuple(api_keys or ()),
         allow_origins=tuple(allow_origins or ()),
         allow_hosts=tuple(allow_hosts or ()),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
         n_parallel=n_parallel,
         max_queued=max_queued,
         aliases=tuple(aliases or ()),
@@ -182,6 +206,7 @@ def command(
         think=Think.parse(think),
     )
     check_keys(settings)
+    check_pair(tls_cert, tls_key)
     show_logs(verbose=verbose)
     path = find_model(model)
     fixed = EngineOptions(
@@ -237,7 +262,7 @@ async def _serve(
         status.clear()
         log_memory(opening, client.options, client.pid)
         greeting = (
-            f"serving {name} on {url_of(listener)} "
+            f"serving {name} on {url_of(listener, tls=settings.tls_cert is not None)} "
             f"(n_ctx {info.n_ctx}, {settings.n_parallel} in parallel, {info.device})"
         )
         # The server repeats the signal that stopped it once it is done; ending well is no failure.
