@@ -123,7 +123,10 @@ def _text(error: NanorunError) -> str:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Answer every failure of a route, and of routing itself, with a body of its API."""
+    """Answer failures of routes, and of routing itself, with a body of their API.
+
+    What nobody foresaw is answered by the gate around them.
+    """
 
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return to_api_error(error).response(request.url.path)
@@ -140,7 +143,6 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ApiError, on_failure)
     app.add_exception_handler(NanorunError, on_failure)
-    app.add_exception_handler(Exception, on_failure)
 
 
 def _from_http(request: Request, error: HTTPException) -> ApiError:

@@ -61,8 +61,9 @@ class Gate:
             await error.response(scope["path"])(scope, receive, reply)
         except Exception as error:
             # The framework would answer past this gate, without the headers that a page needs.
+            told = to_api_error(error)
             if not reply.has_begun:
-                await to_api_error(error).response(scope["path"])(scope, receive, reply)
+                await told.response(scope["path"])(scope, receive, reply)
             raise
 
     def _headers_for(self, headers: Headers) -> dict[str, str]:
