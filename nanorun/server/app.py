@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
@@ -17,6 +19,8 @@ from nanorun.server.ollama.routes import ollama_routes
 from nanorun.server.openai.chat import chat_routes
 from nanorun.server.openai.completions import completions_routes
 from nanorun.server.openai.models import models_routes
+from nanorun.server.openai.responses.routes import Responses, responses_routes
+from nanorun.server.openai.responses.store import ResponseStore
 from nanorun.server.service import Service
 from nanorun.server.settings import ServerSettings
 
@@ -34,8 +38,22 @@ def create_app(
     settings = settings or ServerSettings()
     names = ModelNames(model_name, settings.aliases, any_name=settings.any_model)
     service = Service(client, names, settings)
+    store = ResponseStore(
+        settings.responses_file,
+        max_age_s=settings.responses_max_age_s,
+        max_bytes=settings.responses_max_bytes,
+    )
+    responses = Responses(service, store)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        yield
+        await responses.close()
+
     # Swagger's pages would load scripts from the network.
-    app = FastAPI(title="nanorun", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="nanorun", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
     app.add_middleware(Gate, settings=settings)
     install_handlers(app)
 
@@ -49,6 +67,7 @@ def create_app(
     app.include_router(models_routes(service))
     app.include_router(chat_routes(service))
     app.include_router(completions_routes(service))
+    app.include_router(responses_routes(responses))
     app.include_router(messages_routes(service))
     if settings.ollama:
         app.include_router(ollama_routes(service))

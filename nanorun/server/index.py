@@ -18,6 +18,7 @@ _UNSERVED = {
     "fine_tuning": "fine-tuning",
     "assistants": "assistants: use /v1/chat/completions",
     "threads": "threads: use /v1/chat/completions",
+    "conversations": "conversations: use /v1/responses with previous_response_id",
 }
 """Parts of OpenAI's API, by the first word after /v1/, as a 404 goes on after "no"."""
 

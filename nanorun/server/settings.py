@@ -46,6 +46,12 @@ class ServerSettings:
     """Whether requests may name any model; the one there is answers."""
     ollama: bool = True
     """Whether Ollama's routes are served."""
+    responses_file: Path | None = None
+    """Where /v1/responses keeps what it answered; None for memory only."""
+    responses_max_age_s: float = 30 * 24 * 3600.0
+    """How long; OpenAI's is 30 days, too."""
+    responses_max_bytes: int = 256 * MIB
+    """How much."""
     thinking_fields: tuple[str, ...] = ("reasoning",)
     """Names under which chat completions give the thinking."""
 

@@ -189,10 +189,11 @@ def command(
 ) -> None:
     """Answer over HTTP, in the words of OpenAI, Anthropic and Ollama.
 
-    Serves /v1/chat/completions, /v1/completions, /v1/models, /v1/messages, Ollama's /api/chat and
-    /api/generate, and /health; GET / lists all. SIGTERM or Ctrl-C lets answers under way finish; a
-    second Ctrl-C does not.
+    Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/messages, Ollama's
+    /api/chat and /api/generate, and /health; GET / lists all. SIGTERM or Ctrl-C lets answers under
+    way finish; a second Ctrl-C does not.
     """
+    from nanorun.library.local import responses_file
     from nanorun.runtime.client import EngineClient
     from nanorun.server.listen import bind
     from nanorun.server.settings import ServerSettings
@@ -210,6 +211,7 @@ def command(
         aliases=tuple(aliases or ()),
         any_model=any_model,
         ollama=ollama,
+        responses_file=responses_file() if state else None,
         thinking_fields=reasoning_field.names,
         think=Think.parse(think),
     )
