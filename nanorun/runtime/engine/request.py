@@ -29,6 +29,8 @@ class Request:
     """How to answer; None to read the prompt only, in idle time, for the sake of the next turn."""
     background: bool = False
     """Give way to requests that somebody waits for."""
+    notices: tuple[str, ...] = ()
+    """What its sender should know before the reply."""
 
 
 def prepare_request(
@@ -62,6 +64,7 @@ def prepare_request(
         made.boundaries,
         reply=_settle(model, options, form, made),
         background=options.priority == "background",
+        notices=made.notices,
     )
 
 
@@ -85,6 +88,7 @@ def _settle(
         stop=options.stop,
         form=form,
         plain=prompt.plain,
+        begun=prompt.begun,
     )
 
 
