@@ -34,6 +34,16 @@ NCtxOption = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+LeaveOption = Annotated[
+    str | None,
+    typer.Option(
+        "--leave",
+        metavar="SIZE",
+        help="Main memory left to other programs; 0 on a machine for the model alone."
+        "  [default: 6 %, 1 GiB at least]",
+        rich_help_panel=ENGINE,
+    ),
+]
 StateOption = Annotated[
     bool,
     typer.Option(

@@ -82,6 +82,7 @@ def plan_opening(
     *,
     command: str,
     fixed: EngineOptions,
+    leave: str | None = None,
     keeps_texts: bool = False,
 ) -> Opening:
     """How a command opens a file on this machine, and what it falls back to.
@@ -92,6 +93,7 @@ def plan_opening(
         n_ctx: The text of `--n-ctx`.
         command: The command, for suggestions.
         fixed: What the plan does not decide; see `Wish`.
+        leave: The text of `--leave`.
         keeps_texts: Whether many conversations go on, as behind an endpoint; see `Wish`.
 
     Raises:
@@ -99,6 +101,7 @@ def plan_opening(
         ModelError: If the file is damaged or no model that nanorun runs.
         MemoryPlanError: If nothing fits.
     """
+    from nanorun.model.units import parse_size
     from nanorun.plan.explain import decisions
     from nanorun.plan.machine.hardware import detect_hardware
     from nanorun.plan.memory_plan import plan_model
@@ -106,10 +109,12 @@ def plan_opening(
 
     shape = shape_of_file(model, path)
     default = min(DEFAULT_N_CTX, shape.arch.n_ctx_train)
+    cushion = None if leave is None else parse_size(leave)
+    command = command if cushion is None else f"{command} --leave {cushion}"
     wish = parse_wish(
         n_ctx, default_n_ctx=default, command=command, keeps_texts=keeps_texts, fixed=fixed
     )
-    plan = plan_model([shape], detect_hardware(), wish)
+    plan = plan_model([shape], detect_hardware().restricted(leave=cushion), wish)
     for line in decisions(plan):
         log.debug("plan: %s", line)
     smaller = smaller_plans(plan)

@@ -7,6 +7,7 @@ with `Finished`. All are plain frozen dataclasses, so they cross the pipe to the
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,6 +27,11 @@ class ToolCall:
     id: str
     name: str
     arguments: dict[str, Any]
+
+
+def arguments_text(call: ToolCall) -> str:
+    """The JSON text of a call's arguments, as endpoints send it whole or in pieces."""
+    return json.dumps(call.arguments, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +181,35 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallBegun:
+    """The model began to call a tool; pieces of its arguments follow, then the `ToolCallDelta`."""
+
+    index: int
+    """Its place among the calls that were begun."""
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolArguments:
+    """More of the JSON text of a call's arguments, as the model writes them.
+
+    The pieces of a call make `arguments_text` of it. Those of a call that broke off, which its
+    `problem` tells, are a beginning of a JSON object that never ends, so nobody can take half a
+    call for a whole one.
+    """
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallDelta:
     """A tool call, complete; `problem` says what was wrong with it, if anything."""
 
     index: int
+    """Its place among the calls that were begun; one that could not be read at all, and so has no
+    name, was never begun and bears the index of the next."""
     call: ToolCall
     problem: str | None = None
 
@@ -221,7 +252,15 @@ class EngineStats:
 
 
 Event = (
-    PrefillProgress | ThinkingDelta | TextDelta | TokenLogprobs | ToolCallDelta | Notice | Finished
+    PrefillProgress
+    | ThinkingDelta
+    | TextDelta
+    | TokenLogprobs
+    | ToolCallBegun
+    | ToolArguments
+    | ToolCallDelta
+    | Notice
+    | Finished
 )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from nanorun.model.arch import LayerKind
 from nanorun.model.engine_options import ALL_LAYERS, EngineOptions
 from nanorun.model.footprint import kv_bytes_per_token, state_bytes
 from nanorun.model.ggml_type import GgmlType
-from nanorun.model.units import format_gib
+from nanorun.model.units import MIB, format_gib
 from nanorun.plan.graph.compute_graph import mask_bytes
 from nanorun.plan.machine.hardware import Hardware
 from nanorun.plan.memory_use import DRIVER_BYTES, DeviceUse
@@ -120,7 +121,8 @@ def _allowances(plan: Plan) -> str:
     margins = ", ".join(f"{u.name} {format_gib(u.margin_bytes)}" for u in plan.uses)
     driver = f" (with {format_gib(DRIVER_BYTES)} for the driver)"
     on_gpu = bool(plan.hardware.accelerators) and plan.options.n_gpu_layers != 0
-    return f"kept free{driver if on_gpu else ''}: {margins}"
+    why = " as asked" if plan.hardware.host.leave_bytes is not None else "; --leave SIZE changes it"
+    return f"kept free{driver if on_gpu else ''}: {margins}; main memory for other programs{why}"
 
 
 def _limits(plan: Plan) -> list[str]:
@@ -163,7 +165,12 @@ def shortfall(use: DeviceUse, options: EngineOptions, hardware: Hardware) -> lis
 
 
 def what_would_help(
-    shape: ModelShape, wish: Wish, longest: int | None, *, has_choice: bool
+    shape: ModelShape,
+    wish: Wish,
+    longest: int | None,
+    *,
+    has_choice: bool,
+    cushion: int | None = None,
 ) -> list[str]:
     """Commands that may work, nearest to the wish first; the last ones need another machine.
 
@@ -172,12 +179,18 @@ def what_would_help(
         wish: What was asked.
         longest: The longest context that would fit.
         has_choice: Whether more than one recipe was considered.
+        cushion: Bytes that would be left to other programs if the wish were met all the same;
+            None where it cannot be.
     """
     again = f"nanorun {wish.command} {shlex.quote(shape.name)}"
     n_ctx = wish.n_ctx or "max"
     tries: list[str] = []
     if longest and wish.n_ctx and longest < wish.n_ctx:
         tries.append(f"{again} --n-ctx {longest}")
+    if cushion is not None:
+        # What the command says of it already gives way.
+        less = re.sub(r" --leave \S+", "", again)
+        tries.append(f"{less} --n-ctx {n_ctx} --leave {cushion // MIB}M")
     if wish.type_kv is GgmlType.F16:
         tries.append(f"{again} --n-ctx {n_ctx} --kv q8_0")
     if not has_choice and shape.repository:

@@ -15,10 +15,10 @@ from nanorun.errors import MemoryPlanError, UsageError
 from nanorun.model.engine_options import ALL_LAYERS, EngineOptions
 from nanorun.model.footprint import padded_n_ctx, state_bytes
 from nanorun.model.ggml_type import GgmlType
-from nanorun.model.units import GIB, format_gib
+from nanorun.model.units import GIB, MIB, format_gib
 from nanorun.plan import explain
 from nanorun.plan.machine.hardware import Hardware
-from nanorun.plan.memory_use import device_uses
+from nanorun.plan.memory_use import DeviceUse, device_uses
 from nanorun.plan.plan import Plan, Wish
 from nanorun.plan.shape import ModelShape
 from nanorun.plan.speed_estimate import Calibration
@@ -28,6 +28,8 @@ MAX_SEQUENCES = 256
 KV_TYPES = (GgmlType.F16, GgmlType.Q8_0, GgmlType.Q4_0)
 """Types of the KV cache that are considered, the most precise first."""
 _N_CTX_STEP = 256
+# Less than this left to other programs is nothing to advise.
+_LEAST_CUSHION = 256 * MIB
 # Below it answers get noticeably worse, so no fewer are taken for speed alone.
 _ENOUGH_BITS = 4.4
 # A batch costs time when it is small: on CUDA the fast scan starts above 128 tokens.
@@ -365,5 +367,18 @@ def _no_plan(shapes: Sequence[ModelShape], hardware: Hardware, wish: Wish) -> Me
         f"{shape.name} at n_ctx {n_ctx:,} needs {format_gib(use.total_bytes)} at least,"
         f" but {use.name} has {format_gib(use.free_bytes)} free",
         facts=explain.shortfall(use, options, hardware),
-        tries=explain.what_would_help(shape, wish, longest, has_choice=len(shapes) > 1),
+        tries=explain.what_would_help(
+            shape,
+            wish,
+            longest,
+            has_choice=len(shapes) > 1,
+            cushion=_smaller_cushion(use, hardware),
+        ),
     )
+
+
+def _smaller_cushion(use: DeviceUse, hardware: Hardware) -> int | None:
+    """What would be left to other programs if a wish were met that the cushion is in the way of."""
+    left = use.free_bytes - use.total_bytes
+    is_enough = _LEAST_CUSHION <= left < hardware.host.cushion_bytes
+    return left if is_enough and use.margin_bytes == hardware.host.cushion_bytes else None

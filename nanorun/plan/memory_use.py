@@ -224,7 +224,7 @@ def _host_use(placement: Placement, hardware: Hardware) -> DeviceUse:
         ),
         overhead_bytes=PROCESS_BYTES + VOCABULARY_ENTRY_BYTES * placement.arch.n_vocab,
         free_bytes=hardware.host.available_bytes,
-        margin_bytes=host_margin_bytes(hardware),
+        margin_bytes=hardware.host.cushion_bytes,
     )
 
 
@@ -235,8 +235,3 @@ def gpu_margin_bytes(options: EngineOptions) -> int:
     out near a million tokens, about 1 KiB a token above what had been reserved.
     """
     return 256 * MIB + KIB * padded_n_ctx(options.n_ctx)
-
-
-def host_margin_bytes(hardware: Hardware) -> int:
-    """What stays free in main memory for everything else that runs."""
-    return max(384 * MIB, hardware.host.total_bytes // 50)

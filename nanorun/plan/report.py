@@ -82,7 +82,7 @@ def _device_lines(use: DeviceUse) -> list[str]:
         n_bytes = getattr(use, part)
         if n_bytes:
             lines.append(f"  {letter}  {title:<12}{format_gib(n_bytes):>11}")
-    return lines
+    return [*lines, f"  .  {'kept free':<12}{format_gib(use.margin_bytes):>11}"]
 
 
 def _bar(use: DeviceUse) -> str:

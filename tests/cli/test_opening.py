@@ -133,3 +133,19 @@ def test_verbose_tells_of_the_plan(
     with caplog.at_level(logging.NOTSET, "nanorun"):
         assert nanorun("run", "pico", "x", "--n-ctx", "8k", "-v").code == 0
     assert "plan: n_ctx 8,192: as asked" in caplog.messages
+
+
+@pytest.mark.parametrize("command", [["run", "pico", "x"], ["serve", "pico", "--port", "0"]])
+def test_memory_is_left_to_other_programs_as_asked(
+    nanorun: Run, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    on(monkeypatch, profile("cpu-24g").restricted(ram=2 * GIB))
+    result = nanorun(*command, "--leave", "2G")
+    assert result.code == 4
+    assert "2.0 GiB are kept free" in result.err
+    assert engine.client.n_starts == 0
+    assert nanorun(*command, "--leave", "much").code == 2
+
+
+def test_chat_takes_what_is_left_to_others() -> None:
+    assert "--leave" in (Path(__file__).parents[1] / "golden/help/chat.txt").read_text()

@@ -13,6 +13,7 @@ from nanorun.library import CATALOG
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.footprint import state_bytes
 from nanorun.model.ggml_type import GgmlType
+from nanorun.model.units import format_gib, parse_size
 from nanorun.plan.explain import decisions
 from nanorun.plan.memory_plan import longest_n_ctx, plan_model
 from nanorun.plan.memory_use import device_uses
@@ -221,7 +222,7 @@ def test_states_of_many_requests_are_counted() -> None:
 
 
 def test_plan_that_does_not_exist_says_what_would_help() -> None:
-    machine = profile("cpu-24g").restricted(ram=18 * GIB)
+    machine = profile("cpu-24g").restricted(ram=19 * GIB)
     wish = Wish(n_ctx=1024 * K, type_kv=GgmlType.F16)
     with pytest.raises(MemoryPlanError) as caught:
         plan_model([replace(q4_0(), repository="nvidia/Nano")], machine, wish)
@@ -229,7 +230,7 @@ def test_plan_that_does_not_exist_says_what_would_help() -> None:
     assert longest is not None
     error = caught.value
     assert error.message.startswith("nano at n_ctx 1,048,576 needs 2")
-    assert "but CPU has 18.0 GiB free" in error.message
+    assert "but CPU has 19.0 GiB free" in error.message
     assert f"nanorun plan nano --n-ctx {longest}" in error.tries
     assert "nanorun plan nano --n-ctx 1048576 --kv q8_0" in error.tries
     serve = next(line for line in error.tries if "vllm serve" in line)
@@ -237,3 +238,30 @@ def test_plan_that_does_not_exist_says_what_would_help() -> None:
     assert "--max-model-len 1048576 --max-num-seqs 1 " in serve
     assert error.tries[-1] == "nanorun chat --endpoint http://THAT-MACHINE:8000"
     assert "weights 16.6 GiB + KV cache f16 6.0 GiB" in error.facts[0]
+
+
+def test_cushion_is_as_asked_and_named() -> None:
+    machine = profile("cpu-24g")
+    for leave, shown in (
+        (0, "CPU 0 B; main memory for other programs as asked"),
+        (3 * GIB, "CPU 3.0 GiB; main memory for other programs as asked"),
+        (None, "CPU 1.4 GiB; main memory for other programs; --leave SIZE"),
+    ):
+        made = plan_model([q4_0()], machine.restricted(leave=leave), Wish(n_ctx=8 * K))
+        assert made.uses[-1].margin_bytes == machine.restricted(leave=leave).host.cushion_bytes
+        assert any(shown in line for line in decisions(made))
+        assert f"kept free{format_gib(made.uses[-1].margin_bytes):>14}" in render_plan(made)
+
+
+def test_cushion_that_alone_is_in_the_way_may_be_smaller() -> None:
+    machine = profile("cpu-24g").restricted(leave=4 * GIB)
+    wish = Wish(n_ctx=1024 * K, command="serve --leave 4294967296")
+    with pytest.raises(MemoryPlanError) as caught:
+        plan_model([q4_0()], machine, wish)
+    (advice,) = [line for line in caught.value.tries if "--leave" in line.partition(" nano ")[2]]
+    assert advice.startswith("nanorun serve nano --n-ctx 1048576 --leave ")
+    plan_model([q4_0()], machine.restricted(leave=parse_size(advice.rpartition(" ")[2])), wish)
+    # Where the model is too large whatever is left to others, nothing is said of them.
+    with pytest.raises(MemoryPlanError) as caught:
+        plan_model([q4_0()], machine.restricted(ram=16 * GIB), wish)
+    assert not any(line.endswith("M") for line in caught.value.tries)

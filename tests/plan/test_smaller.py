@@ -23,10 +23,9 @@ def q4_0() -> ModelShape:
     return shape_of_recipe("nano", NANO, "q4_0")
 
 
-def plan(machine: str, n_ctx: int, n_parallel: int = 1) -> Plan:
-    return plan_model(
-        [q4_0()], profile(machine), Wish(n_ctx=n_ctx, fixed=EngineOptions(n_parallel=n_parallel))
-    )
+def plan(machine: str, n_ctx: int, n_parallel: int = 1, leave: int | None = None) -> Plan:
+    wish = Wish(n_ctx=n_ctx, fixed=EngineOptions(n_parallel=n_parallel))
+    return plan_model([q4_0()], profile(machine).restricted(leave=leave), wish)
 
 
 def scarce(plan: Plan) -> int:
@@ -61,7 +60,7 @@ def test_each_fits_the_machine(machine: str) -> None:
 
 
 def test_context_goes_before_requests_do_and_precision_before_both() -> None:
-    changes = [smaller.change for smaller in smaller_plans(plan("cpu-24g", 128 * K, 4))]
+    changes = [smaller.change for smaller in smaller_plans(plan("cpu-24g", 128 * K, 4, 2**29))]
     assert [change.split(" ->")[0] for change in changes] == [
         "room for saved prompts 1.5 GiB",
         "KV cache f16",

@@ -23,9 +23,12 @@ from nanorun.model.chat import (
     TextDelta,
     ThinkingDelta,
     Timings,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
     Usage,
+    arguments_text,
 )
 from nanorun.model.engine_options import EngineOptions
 from nanorun.plan.shape import ModelShape, shape_of_recipe
@@ -70,7 +73,10 @@ def reply(
     steps: list[Step] = [PrefillProgress(n_done=7, n_total=7, n_cached=cached_tokens)]
     steps += [ThinkingDelta(word) for word in thoughts]
     steps += [TextDelta(word) for word in words]
-    steps += [ToolCallDelta(index=i, call=call) for i, call in enumerate(tool_calls)]
+    for i, call in enumerate(tool_calls):
+        steps.append(ToolCallBegun(index=i, id=call.id, name=call.name))
+        steps += [ToolArguments(index=i, text=part) for part in _words(arguments_text(call))]
+        steps.append(ToolCallDelta(index=i, call=call))
     if delay_s:
         steps = [step for event in steps for step in (delay_s, event)]
     usage = Usage(

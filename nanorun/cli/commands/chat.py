@@ -18,6 +18,7 @@ def command(
     model: endpoints.ModelOrPicoArgument = None,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
+    leave: opt.LeaveOption = None,
     endpoint: endpoints.EndpointOption = None,
     draft: opt.DraftOption = "off",
     state: opt.StateOption = True,
@@ -48,7 +49,7 @@ def command(
     fixed = EngineOptions(
         n_parallel=1, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
     )
-    opening = plan_opening(model, path, n_ctx, command="chat", fixed=fixed)
+    opening = plan_opening(model, path, n_ctx, command="chat", fixed=fixed, leave=leave)
     client = EngineClient(path, opening.options, smaller=opening.smaller)
     app = NanorunApp(
         client,

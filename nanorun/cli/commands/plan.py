@@ -94,6 +94,7 @@ def command(
             rich_help_panel=_MACHINE,
         ),
     ] = None,
+    leave: opt.LeaveOption = None,
     hardware: Annotated[
         Path | None,
         typer.Option(
@@ -141,10 +142,10 @@ def command(
     default = min(opt.DEFAULT_N_CTX, shapes[0].arch.n_ctx_train)
     wish = parse_wish(
         n_ctx, default_n_ctx=default, kv=kv,
-        command=_with_flags(hardware, device, vram, ram, draft),
+        command=_with_flags(hardware, device, vram, ram, leave, draft),
         fixed=EngineOptions(n_parallel=n_parallel, speculation=parse_draft(draft)),
     )  # fmt: skip
-    machine = _machine(hardware, device, vram, ram)
+    machine = _machine(hardware, device, vram, ram, leave)
     try:
         plan = plan_model(shapes, machine, wish)
     except MemoryPlanError as error:
@@ -172,7 +173,9 @@ def command(
         write_data(text)
 
 
-def _machine(profile: Path | None, device: str, vram: str | None, ram: str | None) -> Hardware:
+def _machine(
+    profile: Path | None, device: str, vram: str | None, ram: str | None, leave: str | None
+) -> Hardware:
     from nanorun.cli.benchmarks import with_known_speeds
     from nanorun.model.units import parse_size
     from nanorun.plan.machine.hardware import detect_hardware, read_profile
@@ -182,15 +185,22 @@ def _machine(profile: Path | None, device: str, vram: str | None, ram: str | Non
         device,
         vram=None if vram is None else parse_size(vram),
         ram=None if ram is None else parse_size(ram),
+        leave=None if leave is None else parse_size(leave),
     )
 
 
 def _with_flags(
-    profile: Path | None, device: str, vram: str | None, ram: str | None, draft: str
+    profile: Path | None,
+    device: str,
+    vram: str | None,
+    ram: str | None,
+    leave: str | None,
+    draft: str,
 ) -> str:
     """The command with the flags that hold whatever else is tried, for suggestions."""
     flags = {"--device": None if device == "auto" else device, "--vram": vram, "--ram": ram,
-             "--hardware": profile, "--draft": None if draft == "off" else draft}  # fmt: skip
+             "--leave": leave, "--hardware": profile,
+             "--draft": None if draft == "off" else draft}  # fmt: skip
     given = [(flag, str(value)) for flag, value in flags.items() if value is not None]
     return shlex.join(["plan", *chain.from_iterable(given)])
 

@@ -99,6 +99,7 @@ def command(
         ),
     ] = None,
     n_ctx: opt.NCtxOption = None,
+    leave: opt.LeaveOption = None,
     draft: opt.DraftOption = "off",
     endpoint: endpoints.EndpointOption = None,
     as_json: opt.JsonOption = False,
@@ -144,7 +145,7 @@ def command(
     messages = to_messages(question, system)
     if verbose:
         show_logs(verbose=True)
-    client, on_loaded = open_client(model, n_ctx, endpoint, draft)
+    client, on_loaded = open_client(model, n_ctx, endpoint, draft, leave)
     interrupts = Interrupts()
     output = JsonOutput() if as_json else TextOutput()
     return interrupts.run(_answer(client, on_loaded, messages, request, output, interrupts))
@@ -210,7 +211,7 @@ def to_messages(question: str, system: str | None) -> list[Message]:
 
 
 def open_client(
-    model: str | None, n_ctx: str | None, endpoint: str | None, draft: str
+    model: str | None, n_ctx: str | None, endpoint: str | None, draft: str, leave: str | None
 ) -> tuple[Client, Callable[[], None]]:
     """A client for one request at a time, not started yet, and what to do once it has."""
     if endpoint is not None:
@@ -220,7 +221,7 @@ def open_client(
     assert model is not None
     path = find_model(model)
     fixed = EngineOptions(n_parallel=1, speculation=parse_draft(draft))
-    opening = plan_opening(model, path, n_ctx, command="run", fixed=fixed)
+    opening = plan_opening(model, path, n_ctx, command="run", fixed=fixed, leave=leave)
     client = EngineClient(path, opening.options, smaller=opening.smaller)
     return client, lambda: log_memory(opening, client.options, client.pid)
 

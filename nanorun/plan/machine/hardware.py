@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from nanorun.errors import LibraryError, UsageError
+from nanorun.model.cgroups import n_cpus_allowed
 from nanorun.model.lookalikes import HEAD_BYTES, look_alike
+from nanorun.model.main_memory import default_cushion, read_main_memory
 from nanorun.model.nvml import Nvml, NvmlFault, NvmlGpu, open_nvml
-from nanorun.plan.machine.cgroups import memory_limit, n_cpus_allowed
 from nanorun.plan.machine.cores import Cores, detect_cores
 
 HOST = "CPU"
@@ -60,6 +61,15 @@ class Host:
     flops: float = 0.0
     limit: str | None = None
     """What holds memory below the machine's own: `cgroup v2 limit 8.0 GiB`."""
+    leave_bytes: int | None = None
+    """What a plan leaves to other programs, where a person said how much."""
+
+    @property
+    def cushion_bytes(self) -> int:
+        """What a plan leaves to other programs."""
+        if self.leave_bytes is not None:
+            return self.leave_bytes
+        return default_cushion(self.total_bytes, is_limited=self.limit is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +94,12 @@ class Hardware:
         return any(gpu.is_unified for gpu in self.accelerators)
 
     def restricted(
-        self, device: str = "auto", *, vram: int | None = None, ram: int | None = None
+        self,
+        device: str = "auto",
+        *,
+        vram: int | None = None,
+        ram: int | None = None,
+        leave: int | None = None,
     ) -> Hardware:
         """The part of the machine that a plan may use.
 
@@ -92,7 +107,8 @@ class Hardware:
             device: `auto` for all of it, `cpu`, or an accelerator's name in any case and with or
                 without a colon (`cuda:0`).
             vram: Bytes of each accelerator that may be used, whatever is free.
-            ram: The same for main memory.
+            ram: The same for main memory, as if there were no more.
+            leave: Bytes of main memory that stay free for other programs; None for the default.
 
         Raises:
             UsageError: If there is no such device.
@@ -100,7 +116,11 @@ class Hardware:
         accelerators = self._chosen(device)
         if vram is not None:
             accelerators = [replace(gpu, free_bytes=vram) for gpu in accelerators]
-        host = self.host if ram is None else replace(self.host, available_bytes=ram)
+        host = self.host
+        if ram is not None:
+            host = replace(host, total_bytes=ram, available_bytes=ram)
+        if leave is not None:
+            host = replace(host, leave_bytes=leave)
         return replace(self, host=host, accelerators=tuple(accelerators))
 
     def _chosen(self, device: str) -> list[Accelerator]:
@@ -194,24 +214,24 @@ def engine_has_backend(name: str) -> bool:
 
 
 def _detect_host() -> Host:
+    memory = read_main_memory()
+    cores = detect_cores() or Cores(_count_cores())
+    return Host(
+        description=_cpu_name(),
+        total_bytes=memory.total_bytes,
+        available_bytes=memory.available_bytes,
+        n_cores=min(cores.n_fast, n_cpus_allowed()),
+        n_slow_cores=cores.n_slow,
+        limit=memory.limit,
+    )
+
+
+def _count_cores() -> int:
     try:
         import psutil
     except ImportError as error:
         raise LibraryError("psutil is missing", tries=["pip install psutil"]) from error
-    memory = psutil.virtual_memory()
-    limit = memory_limit()
-    available, note = int(memory.available), None
-    if limit is not None and limit.free_bytes < available:
-        available, note = limit.free_bytes, limit.description
-    cores = detect_cores() or Cores(psutil.cpu_count(logical=False) or psutil.cpu_count() or 1)
-    return Host(
-        description=_cpu_name(),
-        total_bytes=min(int(memory.total), limit.total_bytes if limit else int(memory.total)),
-        available_bytes=available,
-        n_cores=min(cores.n_fast, n_cpus_allowed()),
-        n_slow_cores=cores.n_slow,
-        limit=note,
-    )
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
 def _cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

@@ -27,6 +27,8 @@ class Sequence:
     """When it came, among all."""
     reply: Reply | None = None
     """What is said after the prompt; None if the prompt is only read."""
+    turn: Turn = field(init=False)
+    """Who is answered comes before who is in the background, and reading ahead comes last."""
     prompt: Tokens = field(init=False)
     """What has to be read before a token can be picked: the request's prompt or, after a
     suspension, all of the sequence."""
@@ -41,6 +43,8 @@ class Sequence:
     """Tokens to guess next time."""
     n_drafted: int = 0
     n_accepted: int = 0
+    n_overtaken: int = 0
+    """Later requests that were admitted while there was no room for this one."""
     cancelled: bool = False
     n_cached: int = 0
     cached_from: Place | None = None
@@ -50,11 +54,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt = self.request.prompt
-
-    @property
-    def turn(self) -> Turn:
-        """Who is answered comes before who is in the background, and reading ahead comes last."""
-        return (self.is_read_only, self.request.background, self.order)
+        self.turn = (self.is_read_only, self.request.background, self.order)
 
     @property
     def is_read_only(self) -> bool:
@@ -74,7 +74,8 @@ class Sequence:
     @property
     def in_prefill(self) -> bool:
         """Whether there are any."""
-        return self.n_to_read > 0
+        branch = self.branch  # asked several times a token
+        return len(self.prompt) > (len(branch.tokens) if branch is not None else 0)
 
     def start(self, branch: Branch) -> None:
         """Begin, or go on after a suspension, in a branch that holds some of the tokens."""

@@ -27,10 +27,12 @@ from nanorun.runtime.process.frames import (
     Request,
 )
 from nanorun.runtime.process.last_words import shown
-from nanorun.runtime.process.oom import count_oom_kills, died_of_memory
+from nanorun.runtime.process.oom import KillCounter, died_of_memory
 
 _N_STDERR_LINES = 40
 _MOST_LINE_BYTES = 2000
+# The answers to several requests of one batch, and more, come in one read.
+_READ_BYTES = 2**16
 # A long conversation's state is written at the end; that takes seconds on a slow disk.
 _CLOSE_TIMEOUT_S = 15.0
 # The child's reader thread answers even while a batch is evaluated or a model loaded.
@@ -54,7 +56,9 @@ class Child:
         self._n_heard = 0
         self._n_steps = -1
         self._stuck_s = 0.0
-        self._oom_kills = 0
+        self.memory_is_short = False
+        """Whether main memory was nearly spent when somebody last looked."""
+        self._kills: KillCounter | None = None
         self.death: EngineDied | None = None
         """How it ended, once it has."""
 
@@ -80,7 +84,7 @@ class Child:
 
     async def start(self, model: Path, options: EngineOptions) -> None:
         """Spawn it and wait until the model is loaded."""
-        self._oom_kills = count_oom_kills()
+        self._kills = KillCounter()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "nanorun.runtime.worker",
             stdin=asyncio.subprocess.PIPE,
@@ -158,21 +162,23 @@ class Child:
 
     async def _read_frames(self) -> None:
         assert self._process is not None and self._process.stdout is not None
-        stream = self._process.stdout
+        frames = wire.FrameCutter()
         try:
-            while True:
-                header = await stream.readexactly(wire.HEADER_BYTES)
-                answer = ANSWERS.decode(await stream.readexactly(wire.frame_bytes(header)))
-                self._n_heard += 1
-                if isinstance(answer, Pong):
-                    self._check_progress(answer.n_steps)
-                elif (inbox := self._inboxes.get(answer.id)) is not None:
-                    inbox.put_nowait(answer)
-        except (asyncio.IncompleteReadError, ConnectionError):
+            while data := await self._process.stdout.read(_READ_BYTES):
+                for body in frames.feed(data):
+                    self._take(ANSWERS.decode(body))
+        except ConnectionError:
             pass
         except EngineError:
             self._kill("wrote what is not a frame")
         await self._mourn()
+
+    def _take(self, answer: Answer) -> None:
+        self._n_heard += 1
+        if isinstance(answer, Pong):
+            self._check_progress(answer.n_steps)
+        elif (inbox := self._inboxes.get(answer.id)) is not None:
+            inbox.put_nowait(answer)
 
     async def _watch(self) -> None:
         """Ask for a sign of life now and then; a process that gives none is ended.
@@ -181,10 +187,12 @@ class Child:
         that was suspended together with its processes, was silent without fault.
         """
         assert self._process is not None and self._process.stdin is not None
+        assert self._kills is not None
         ping = REQUESTS.encode(Ping("ping"))
         silence_s = 0.0
         while self.death is None:
             n_heard = self._n_heard
+            self._kills.note()
             self._process.stdin.write(ping)  # it may not take it, so this does not wait for it
             await asyncio.wait({self._tasks[0]}, timeout=HEARTBEAT_S)
             silence_s = 0.0 if self._n_heard > n_heard else silence_s + HEARTBEAT_S
@@ -222,7 +230,8 @@ class Child:
             return EngineDied("the engine was closed", facts=facts)
         if self._hung:
             return EngineDied(f"the engine's process {self._hung} and was ended", facts=facts)
-        if died_of_memory(code, self._oom_kills, last_words):
+        assert self._kills is not None
+        if died_of_memory(code, self._kills, last_words, was_short=self.memory_is_short):
             return EngineOutOfMemory(
                 f"the engine's process {process_ending(code)} because memory ran out",
                 facts=facts,

@@ -33,7 +33,7 @@ from nanorun.runtime.process.frames import (
     Result,
 )
 from nanorun.runtime.process.last_words import shown
-from nanorun.runtime.process.oom import count_oom_kills, died_of_memory
+from nanorun.runtime.process.oom import KillCounter, died_of_memory
 
 Report = Callable[..., None]
 Job = Callable[[dict[str, Any], Report], Any]
@@ -66,7 +66,7 @@ def run_job(
         EngineDied: If the child ended without a result, or took too long.
         NanorunError: What the job raised.
     """
-    oom_kills = count_oom_kills()
+    kills = KillCounter()
     with (
         subprocess.Popen(
             [sys.executable, "-m", "nanorun.runtime.process.job"],
@@ -99,7 +99,7 @@ def run_job(
     if expired.is_set():
         raise EngineDied(f"the engine gave no answer in {timeout_s:g} s", facts=facts)
     ending = f"the engine's process {process_ending(code)}"
-    if died_of_memory(code, oom_kills, last_words):
+    if died_of_memory(code, kills, last_words):
         raise EngineOutOfMemory(f"{ending} because memory ran out", facts=facts)
     raise EngineDied(ending, facts=facts)
 

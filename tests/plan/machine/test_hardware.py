@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nanorun.errors import UsageError
+from nanorun.model.cgroups import memory_limit, n_cpus_allowed
 from nanorun.plan.explain import decisions
 from nanorun.plan.machine import hardware
-from nanorun.plan.machine.cgroups import memory_limit, n_cpus_allowed
 from nanorun.plan.machine.hardware import (
     Host,
     as_profile,
@@ -51,6 +52,53 @@ def test_limit_of_cgroup_v2_counts_cached_files_as_free(tmp_path: Path) -> None:
     assert limit is not None
     assert (limit.total_bytes, limit.free_bytes) == (8 * GIB, 3 * GIB)
     assert limit.description == "cgroup v2 limit 8.0 GiB"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_weights_that_were_mapped_before_are_free_in_a_group(tmp_path: Path, version: int) -> None:
+    """The kernel lists file pages as active once they were used twice, and drops them as well."""
+    proc, root = tmp_path / "cgroup", tmp_path / "root"
+    stat = f"anon {GIB}\ninactive_file {GIB}\nactive_file {3 * GIB}\n"
+    if version == 2:
+        proc.write_text("0::/\n")
+        group(root, memory__max=8 * GIB, memory__current=6 * GIB)
+        (root / "memory.stat").write_text(stat)
+    else:
+        proc.write_text("3:memory:/\n")
+        group(root / "memory", memory__limit_in_bytes=8 * GIB, memory__usage_in_bytes=6 * GIB)
+        (root / "memory" / "memory.stat").write_text(
+            "active_file 5\n" + "".join(f"total_{line}\n" for line in stat.splitlines())
+        )
+    limit = memory_limit(proc, root)
+    assert limit is not None
+    assert limit.free_bytes == 6 * GIB
+
+
+def test_group_is_slowed_to_a_halt_at_its_high_mark(tmp_path: Path) -> None:
+    proc = tmp_path / "cgroup"
+    proc.write_text("0::/\n")
+    group(tmp_path / "root", memory__max="max", memory__high=4 * GIB, memory__current=GIB)
+    limit = memory_limit(proc, tmp_path / "root")
+    assert limit is not None
+    assert (limit.total_bytes, limit.free_bytes) == (4 * GIB, 3 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("total", "limit", "cushion"),
+    [
+        (2 * GIB, None, 384 * 2**20),
+        (6 * GIB, None, 6 * GIB // 8),
+        (16 * GIB, None, GIB),
+        (24 * GIB, None, 24 * GIB * 6 // 100),
+        (128 * GIB, None, 128 * GIB * 6 // 100),
+        (4 * GIB, "cgroup v2 limit 4.0 GiB", 384 * 2**20),
+        (64 * GIB, "cgroup v2 limit 64.0 GiB", 64 * GIB // 50),
+    ],
+)
+def test_cushion_is_chosen_by_the_machine(total: int, limit: str | None, cushion: int) -> None:
+    host = replace(HOST, total_bytes=total, available_bytes=total, limit=limit)
+    assert host.cushion_bytes == cushion
+    assert replace(host, leave_bytes=0).cushion_bytes == 0
 
 
 def test_tightest_group_above_the_process_counts(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -227,6 +228,25 @@ def test_frame_that_breaks_off_is_the_end() -> None:
     frame = ANSWERS.encode(Said("r1", Finished("stop")))
     for n_bytes in range(len(frame)):
         assert wire.read(io.BytesIO(frame[:n_bytes])) is None
+
+
+@given(st.lists(st.text(max_size=30), max_size=8), st.data())
+def test_frames_are_cut_out_of_pieces_of_any_size(texts: list[str], data: st.DataObject) -> None:
+    frames = [ANSWERS.encode(Said("r1", TextDelta(text))) for text in texts]
+    stream = b"".join(frames)
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12).map(sorted))
+    cutter, bodies = wire.FrameCutter(), []
+    for start, end in pairwise([0, *cuts, len(stream)]):
+        bodies += cutter.feed(stream[start:end])
+    assert bodies == [frame[wire.HEADER_BYTES :] for frame in frames]
+
+
+def test_frames_before_an_absurd_length_are_cut_out() -> None:
+    good = REQUESTS.encode(Cancel("r1"))
+    bodies = wire.FrameCutter().feed(good + b"\xff\xff\xff\xff")
+    assert REQUESTS.decode(next(bodies)) == Cancel("r1")
+    with pytest.raises(EngineError, match="is not plausible"):
+        next(bodies)
 
 
 def test_fields_may_be_enums() -> None:

@@ -30,7 +30,9 @@ from nanorun.model.chat import (
     TextDelta,
     ThinkingDelta,
     TokenLogprobs,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
     Usage,
 )
@@ -50,6 +52,7 @@ from tests.runtime.remote.scripted_endpoint import (
     sse,
     usage,
 )
+from tests.support.calls import assert_told
 from tests.support.waiting import PATIENCE_S, become
 
 QUESTION = (Message("user", "2+2?"),)
@@ -480,6 +483,7 @@ def call_piece(arguments: Any = None, **fields: Any) -> dict[str, Any]:
 async def calls_of(*chunks: Any) -> list[ToolCallDelta]:
     events = await answer_to(*chunks, delta("tool_calls"), tools=(TOOL,))
     assert end_of(events).reason == "tool_calls"
+    assert_told(events)
     return [event for event in events if isinstance(event, ToolCallDelta)]
 
 
@@ -494,6 +498,35 @@ async def test_tool_calls_are_put_together_from_pieces() -> None:
         (0, ToolCall("c0", "add", {"a": 1}), None),
         (1, ToolCall("c1", "add", {"a": 2, "b": "ü"}), None),
     ]
+
+
+async def test_arguments_are_told_as_they_come_and_as_they_are_read() -> None:
+    events = await answer_to(
+        call_piece('{"b":"\\u00', index=0, id="c0", name="ADD"),
+        call_piece("fc x", index=0),
+        call_piece('y","a":"1', index=0),
+        call_piece('2"}', index=0),
+        delta("tool_calls"),
+        tools=(TOOL,),
+    )
+    call = ToolCall("c0", "add", {"b": "ü xy", "a": 12})
+    assert [e for e in events if isinstance(e, ToolCallBegun | ToolArguments | ToolCallDelta)] == [
+        ToolCallBegun(0, "c0", "add"),
+        ToolArguments(0, '{"b": "'),
+        ToolArguments(0, "ü x"),
+        ToolArguments(0, 'y"'),
+        ToolArguments(0, ', "a": 12'),
+        ToolArguments(0, "}"),
+        ToolCallDelta(0, call),
+    ]
+
+
+async def test_calls_in_the_text_and_beside_it_are_counted_together() -> None:
+    written = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    calls = await calls_of(
+        delta(content=written), call_piece('{"a": 2}', index=0, id="c", name="add")
+    )
+    assert [(call.index, call.call.arguments) for call in calls] == [(0, {"a": 1}), (1, {"a": 2})]
 
 
 async def test_tool_calls_without_numbers_and_ids_are_told_apart_by_name() -> None:

@@ -25,7 +25,8 @@ class MemoryLimit:
 
     total_bytes: int
     free_bytes: int
-    """What is left of it; cached file pages count as free, since the kernel drops them."""
+    """What is left of it; cached file pages count as free, since the kernel drops them. Weights
+    that were mapped more than once are among the active ones."""
     description: str
 
 
@@ -39,7 +40,9 @@ def n_cpus_allowed(proc: Path = _PROC, root: Path = _ROOT) -> int:
     """Processors that affinity and quota leave to this process, at least one."""
     n_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quotas = [
-        quota for folder in _folders(proc, root, "cpu") if (quota := _cpu_quota(folder)) is not None
+        quota
+        for folder in group_folders("cpu", proc, root)
+        if (quota := _cpu_quota(folder)) is not None
     ]
     return max(1, min([n_cpus or 1, *quotas]))
 
@@ -57,21 +60,28 @@ def _cpu_quota(folder: Path) -> int | None:
 
 
 def _limits(proc: Path, root: Path) -> Iterator[MemoryLimit]:
-    for folder in _folders(proc, root, "memory"):
-        for version, limit_file, usage_file, cache_key in (
-            (2, "memory.max", "memory.current", "inactive_file"),
-            (1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for folder in group_folders("memory", proc, root):
+        for version, limit_file, usage_file, prefix in (
+            (2, "memory.max", "memory.current", ""),
+            (2, "memory.high", "memory.current", ""),  # beyond it processes are slowed to a halt
+            (1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
             total, used = _number(folder / limit_file), _number(folder / usage_file)
             if total is None or used is None:
                 continue
-            used -= min(used, _stat(folder / "memory.stat", cache_key))
+            cached = sum(_stat(folder, f"{prefix}{kind}_file") for kind in ("inactive", "active"))
             text = f"cgroup v{version} limit {format_gib(total)}"
-            yield MemoryLimit(total, max(0, total - used), text)
+            yield MemoryLimit(total, max(0, total - max(0, used - cached)), text)
 
 
-def _folders(proc: Path, root: Path, controller: str) -> Iterator[Path]:
-    """The groups of this process and those above them, for either version."""
+def group_folders(controller: str, proc: Path = _PROC, root: Path = _ROOT) -> Iterator[Path]:
+    """The groups of this process and those above them, for either version.
+
+    Args:
+        controller: `memory` or `cpu`.
+        proc: `/proc/self/cgroup`.
+        root: `/sys/fs/cgroup`.
+    """
     for line in (_read(proc) or "").splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
@@ -92,8 +102,8 @@ def _number(path: Path) -> int | None:
     return int(text) if text and text.isdigit() else None
 
 
-def _stat(path: Path, key: str) -> int:
-    for line in (_read(path) or "").splitlines():
+def _stat(folder: Path, key: str) -> int:
+    for line in (_read(folder / "memory.stat") or "").splitlines():
         name, _, value = line.partition(" ")
         if name == key and value.isdigit():
             return int(value)
