@@ -124,9 +124,10 @@ class ChatTemplate:
                 these messages.
             ModelError: If the template fails, or takes more work than templates are allowed.
         """
-        *before, last = [message_dict(m) for m in (*messages[:-1], _opened(messages[-1]))]
+        opened = _opened(messages[-1])
+        in_thinking = bool(opened.thinking) and not opened.content
+        *before, last = [message_dict(message) for message in (*messages[:-1], opened)]
         scope = self._scope(tools, enable_thinking, truncate_history_thinking, extra)
-        in_thinking = bool(last.get("thinking")) and not last["content"]
         begun = last["thinking" if in_thinking else "content"]
         whole = self._run([*before, last], scope, False)
         marked = self._up_to_end([*before, last], scope, whole, in_thinking)
@@ -156,7 +157,8 @@ class ChatTemplate:
         noted = dict.fromkeys(names, text[:n_seen] + _TURN_MARK + text[n_seen:])
         head, *tails = self._run([*before, {**last, **noted}], scope, False).split(_TURN_MARK)
         heads = [head] if n_seen else [head, head.rstrip()]  # of an empty answer nothing is kept
-        if len(tails) != 1 or whole not in [start + tails[0] for start in heads]:
+        is_same = len(tails) == 1 and whole in [start + tails[0] for start in heads]
+        if not is_same or not head.endswith(text.strip()):
             what = "thinking" if in_thinking else "content"
             raise UsageError(
                 f"the chat template of {self._called} changes the {what} of the last message, so "

@@ -59,7 +59,12 @@ class ReplySettings:
 def _parser_for(settings: ReplySettings) -> ReplyParser | PlainParser:
     if settings.plain:
         return PlainParser(starts_in_thinking=settings.thinks, stop=settings.stop)
-    return ReplyParser(starts_in_thinking=settings.thinks, tools=settings.tools, stop=settings.stop)
+    return ReplyParser(
+        starts_in_thinking=settings.thinks,
+        tools=settings.tools,
+        stop=settings.stop,
+        continues=settings.begun is not None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
