@@ -15,7 +15,7 @@ from nanorun.errors import ContextFull, NanorunError
 from nanorun.model.chat import EngineStats, Event, Finished, FinishReason
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.drafting.choose import check_speculation, choose_drafter
-from nanorun.runtime.engine.admission import Admission
+from nanorun.runtime.engine.admission import MIN_SHARED_TOKENS, Admission
 from nanorun.runtime.engine.guessing import guess
 from nanorun.runtime.engine.request import Request
 from nanorun.runtime.engine.scheduler import last_in_turn, plan_rows, separate_guesses
@@ -73,7 +73,7 @@ class Engine:
         )
         self._new_reply = new_reply
         self._admission: Admission[Sequence] = Admission(self.tree)
-        self._waiting = Waiting()
+        self._waiting: Waiting[Sequence] = Waiting()
         self._running: list[Sequence] = []
         self._in_batch: list[Sequence] = []
         self._unsaved = Unsaved(self.tree)
@@ -217,13 +217,14 @@ class Engine:
                     break
                 blocked = blocked or sequence
                 continue
-            branch = self.tree.acquire(self._admission.match(sequence))
+            match = self._admission.match(sequence)
+            branch = self.tree.acquire(match)
             if branch is None:
                 break
             if blocked is not None:
                 blocked.n_overtaken += 1
             is_new = not sequence.started
-            self._start(sequence, branch)
+            self._start(sequence, branch, match.n_common)
             if is_new and not sequence.is_read_only:
                 outputs.append((sequence.request.id, sequence.progress()))
         return outputs
@@ -267,11 +268,19 @@ class Engine:
         leader.pauses.add(n_shared)
         return True
 
-    def _start(self, sequence: Sequence, branch: Branch) -> None:
+    def _start(self, sequence: Sequence, branch: Branch, n_common: int) -> None:
         self._admission.forget(sequence)
         self._waiting.remove(sequence)
         self._running.append(sequence)
         sequence.start(branch)
+        if sequence.n_prefix <= branch.n_tokens:
+            self._keep_prefix(branch, sequence.n_prefix)
+        if n_common - branch.n_tokens >= MIN_SHARED_TOKENS:
+            sequence.pauses.add(n_common)  # where prompts part, the next one will part as well
+
+    def _keep_prefix(self, branch: Branch, n_tokens: int) -> None:
+        if n_tokens >= _MIN_SAVED_TOKENS:
+            self.tree.keep_prefix(branch, n_tokens)
 
     def _fit(self, plan: Plan) -> tuple[Plan, list[Sequence]]:
         """Make room for a batch: who came last is suspended; who is alone has used it all up."""
@@ -348,6 +357,8 @@ class Engine:
             sequence.pauses.discard(sequence.n_evaluated)
             assert sequence.branch is not None
             self.tree.checkpoint(sequence.branch)
+            if sequence.n_evaluated == sequence.n_prefix:
+                self._keep_prefix(sequence.branch, sequence.n_prefix)
         if sequence.is_read_only and not sequence.in_prefill:
             self._leave(sequence, keep=True)
         return outputs

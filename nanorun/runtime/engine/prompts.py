@@ -40,6 +40,8 @@ class MadePrompt:
     """Token positions where another prompt may diverge."""
     thinks: bool
     """Whether it ends with an open `<think>`."""
+    n_prefix: int = 0
+    """Tokens before the first question, which other conversations begin with as well."""
     plain: bool = False
     """Whether it is a raw prompt, so that nothing is read from the reply."""
     begun: str | None = None
@@ -78,7 +80,21 @@ def make_prompt(
             f"the chat template of {model.path.name} makes no prompt of these messages"
         )
     thinks = not options.think.is_off and rendered.text.rstrip("\n").endswith(THINK)
-    return MadePrompt(tokens, boundaries, thinks)
+    return MadePrompt(tokens, boundaries, thinks, n_before_question(prompt, rendered, boundaries))
+
+
+def n_before_question(
+    messages: Sequence[Message], rendered: RenderedPrompt, positions: Sequence[int]
+) -> int:
+    """Tokens before the last turn of the user that no reply or tool result comes before; else 0."""
+    said = (i for i, message in enumerate(messages) if message.role not in ("system", "user"))
+    n_opening = next(said, len(messages))
+    starts = [
+        position
+        for position, boundary in zip(positions, rendered.boundaries, strict=True)
+        if boundary.kind != "generation" and boundary.i_message < n_opening
+    ]
+    return max(starts, default=0)
 
 
 def render(

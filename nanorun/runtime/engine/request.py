@@ -8,7 +8,14 @@ from dataclasses import dataclass, replace
 
 from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message, Prompt
-from nanorun.runtime.engine.prompts import Check, MadePrompt, make_prompt, render, tokenize_prompt
+from nanorun.runtime.engine.prompts import (
+    Check,
+    MadePrompt,
+    make_prompt,
+    n_before_question,
+    render,
+    tokenize_prompt,
+)
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.prompt_state.prefixes import Tokens
 from nanorun.runtime.reply.constraint import Form
@@ -27,6 +34,9 @@ class Request:
     """Token positions where another prompt may diverge: end of the system part, start of turns."""
     reply: ReplySettings | None
     """How to answer; None to read the prompt only, in idle time, for the sake of the next turn."""
+    n_prefix: int = 0
+    """Tokens before the first question, one of the boundaries: the system part and tools, and what
+    a client says in turns of the user before it. Other conversations begin with them as well."""
     background: bool = False
     """Give way to requests that somebody waits for."""
     notices: tuple[str, ...] = ()
@@ -63,6 +73,7 @@ def prepare_request(
         made.tokens,
         made.boundaries,
         reply=_settle(model, options, form, made),
+        n_prefix=made.n_prefix,
         background=options.priority == "background",
         notices=made.notices,
     )
@@ -119,4 +130,10 @@ def prepare_reading(
     if not ends:
         return None
     end = ends[0]
-    return Request(request_id, prompt[:end], tuple(p for p in boundaries if p <= end), reply=None)
+    return Request(
+        request_id,
+        prompt[:end],
+        tuple(p for p in boundaries if p <= end),
+        reply=None,
+        n_prefix=n_before_question(following, rendered, boundaries),
+    )

@@ -45,6 +45,8 @@ class Sequence:
     n_accepted: int = 0
     n_overtaken: int = 0
     """Later requests that were admitted while there was no room for this one."""
+    n_prefix: int = 0
+    """Tokens that other conversations begin with as well."""
     cancelled: bool = False
     n_cached: int = 0
     cached_from: Place | None = None
@@ -55,6 +57,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt = self.request.prompt
         self.turn = (self.is_read_only, self.request.background, self.order)
+        self.n_prefix = self.request.n_prefix
 
     @property
     def is_read_only(self) -> bool:
@@ -82,9 +85,16 @@ class Sequence:
         self.branch = branch
         self.pauses |= {p for p in self.request.boundaries if p > branch.n_tokens}
         if not self.started:
+            self._note_prefix(branch.n_tokens)
             self.started = time.monotonic()
             self.n_cached = branch.n_cached
             self.cached_from = branch.cached_from if branch.n_cached else None
+
+    def _note_prefix(self, n_begun_with: int) -> None:
+        """What was read up to amid its first question was read for another conversation."""
+        after = [p for p in self.request.boundaries if p > self.n_prefix]
+        if after and self.n_prefix < n_begun_with < after[0]:
+            self.n_prefix = n_begun_with
 
     def suspend(self) -> Branch:
         """Give the branch back; `start` goes on where this left off."""

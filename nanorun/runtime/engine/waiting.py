@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterator
+from typing import Generic
 
+from nanorun.runtime.engine.scheduler import S
 from nanorun.runtime.engine.sequence import Sequence
 
 # Those at the head are looked at in a step, so that a step costs the same however many wait. More
@@ -16,31 +18,31 @@ MOST_OVERTAKING = 16
 _MUCH_LONGER = 4
 
 
-class Waiting:
+class Waiting(Generic[S]):
     """The queue: by priority, then first come, first served."""
 
     def __init__(self) -> None:
-        self._sequences: list[Sequence] = []
+        self._sequences: list[S] = []
 
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def __iter__(self) -> Iterator[Sequence]:
+    def __iter__(self) -> Iterator[S]:
         """All of them; a copy, so that other threads may look while the queue changes."""
         return iter(tuple(self._sequences))
 
-    def __contains__(self, sequence: Sequence) -> bool:
+    def __contains__(self, sequence: S) -> bool:
         return sequence in self._sequences
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: S) -> None:
         """Queue a request; one that was suspended comes before those that came after it."""
         insort(self._sequences, sequence, key=lambda other: other.turn)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: S) -> None:
         """Take a request out."""
         self._sequences.remove(sequence)
 
-    def head(self) -> list[Sequence]:
+    def head(self) -> list[S]:
         """Those that may be admitted now, in their order."""
         return self._sequences[:_MOST_LOOKED_AT]
 

@@ -100,6 +100,7 @@ class DeviceSequences:
         branch.node = self._spans.move(branch.node, self._spans.split(branch.node, n_tokens))
         branch.tokens = branch.tokens[:n_tokens]
         branch.checkpoints = _up_to(n_tokens, branch.checkpoints)
+        branch.n_cuts += 1
         branch.settled = True
 
     def settle(self, branch: Branch) -> None:

@@ -374,3 +374,22 @@ def test_reply_whose_last_guess_was_wrong_is_reused(pico_f32_gguf: Path) -> None
     assert finished.usage.cached_tokens == 100 + 7
     rig.check(again)
     rig.close()
+
+
+def test_many_waiting_requests_are_answered_in_the_order_in_which_they_came(
+    pico_f32_gguf: Path,
+) -> None:
+    rig = Rig(pico_f32_gguf)
+    names = [rig.submit(prompt(10, salt=i), n_tokens=2) for i in range(80)]
+    first_said: dict[str, int] = {}
+    for n_steps in range(1000):
+        if len(first_said) == len(names):
+            break
+        rig.step()
+        for name in names:
+            if rig.said(name):
+                first_said.setdefault(name, n_steps)
+    order = [first_said[name] for name in names]
+    assert order == sorted(order)
+    rig.run()
+    rig.close()

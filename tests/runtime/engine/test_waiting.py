@@ -17,7 +17,7 @@ def waiting(order: int, n_prompt: int = 10, *, background: bool = False) -> Sequ
 
 
 def test_first_come_first_served_within_a_priority() -> None:
-    queue = Waiting()
+    queue: Waiting[Sequence] = Waiting()
     sequences = [waiting(0, background=True), *(waiting(i) for i in range(1, 200))]
     for sequence in reversed(sequences):
         queue.add(sequence)
@@ -27,7 +27,7 @@ def test_first_come_first_served_within_a_priority() -> None:
 
 
 def test_suspended_request_comes_before_those_that_came_after_it() -> None:
-    queue = Waiting()
+    queue: Waiting[Sequence] = Waiting()
     sequences = [waiting(i) for i in range(4)]
     for i in (0, 2, 3, 1):
         queue.add(sequences[i])
