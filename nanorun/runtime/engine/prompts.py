@@ -140,8 +140,14 @@ def _make_continued(
     if options.grammar is not None and not begun.in_thinking:
         raise UsageError("an answer that is continued cannot be held to a grammar from its middle")
     tokens, boundaries = tokenize_prompt(model, begun.prompt, check)
-    notices = (_LOST_BLANKS,) if begun.lost_blanks else ()
-    return MadePrompt(tokens, boundaries, begun.in_thinking, begun=begun.text, notices=notices)
+    return MadePrompt(
+        tokens,
+        boundaries,
+        begun.in_thinking,
+        n_before_question(messages, begun.prompt, boundaries),
+        begun=begun.text,
+        notices=(_LOST_BLANKS,) if begun.lost_blanks else (),
+    )
 
 
 def tokenize_prompt(

@@ -124,7 +124,7 @@ def request_body(
         options: How to answer. What is None is left to the endpoint.
         thinking_field: The field in which this endpoint was seen to send thinking, if it was.
     """
-    gives_back = options.echo_thinking or options.keep_thinking
+    gives_back = options.echo_thinking or options.keep_thinking or options.continue_final
     fields = dialect.thinking_fields or ((thinking_field,) if thinking_field else ())
     body: dict[str, Any] = {
         "model": model,
@@ -162,6 +162,7 @@ def completion_body(
         f"add_bos {prompt.add_bos}": prompt.add_bos is not None,
         "tools": bool(options.tools),
         "logprobs": options.logprobs is not None,
+        "continue_final": options.continue_final,
     }
     for what, is_asked in asked.items():
         if is_asked:

@@ -244,8 +244,9 @@ class RemoteGeneration:
     @property
     def _goes_on_answering(self) -> bool:
         """Whether an answer is continued, so that no thinking comes."""
-        is_begun = self._options.continue_final and not isinstance(self._prompt, RawPrompt)
-        return is_begun and bool(self._prompt[-1].content)
+        if isinstance(self._prompt, RawPrompt) or not self._options.continue_final:
+            return False
+        return bool(self._prompt[-1].content)
 
     async def _first_body(self) -> dict[str, Any]:
         """What the endpoint is asked first; reaches it, and settles how its thinking is held."""
