@@ -107,6 +107,29 @@ def test_every_api_says_the_same(
     assert ((generated.thinking or ""), generated.response) == expected
 
 
+def test_answer_that_was_begun_goes_on_through_each_api(
+    url: str, claude: anthropic.Anthropic, llama: ollama.Client
+) -> None:
+    asked: list[Any] = [{"role": "user", "content": "What is 4785 + 697?"}]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        ask: dict[str, Any] = {"model": "pico", "temperature": 0}
+        said = client.chat.completions.create(messages=asked, **ask).choices[0].message
+        thinking = said.reasoning  # type: ignore[attr-defined]
+        begun: Any = {"role": "assistant", "content": "54", "reasoning": thinking}
+        rest = client.chat.completions.create(messages=[*asked, begun], **ask).choices[0].message
+    assert (said.content, rest.content) == ("5482", "82")
+    blocks = [{"type": "thinking", "thinking": thinking, "signature": ""},
+              {"type": "text", "text": "54"}]  # fmt: skip
+    turns: list[Any] = [*asked, {"role": "assistant", "content": blocks}]
+    message = claude.messages.create(
+        model="pico", messages=turns, max_tokens=99, extra_body={"temperature": 0}
+    )
+    assert said_by(message) == ("", "82")
+    turns = [*asked, {"role": "assistant", "content": "54", "thinking": thinking}]
+    told = llama.chat("pico", turns, options={"temperature": 0}).message
+    assert (told.thinking, told.content) == (None, "82")
+
+
 @pytest.mark.parametrize("streamed", [False, True])
 def test_messages_call_the_calculator_and_say_what_it_said(
     claude: anthropic.Anthropic, streamed: bool
