@@ -26,10 +26,12 @@ from nanorun.model.chat import (
     Event,
     Finished,
     GenerateOptions,
+    Message,
     ModelInfo,
     Notice,
     PrefillProgress,
     Prompt,
+    PromptTokens,
     RawPrompt,
 )
 from nanorun.model.engine_options import EngineOptions
@@ -37,10 +39,14 @@ from nanorun.runtime.process.child import Child
 from nanorun.runtime.process.frames import (
     Answer,
     Cancel,
+    Detokenize,
     Failed,
     FinishThinking,
     Generate,
+    Pieces,
     Progress,
+    Render,
+    Rendered,
     Request,
     Said,
     Score,
@@ -190,13 +196,50 @@ class EngineClient:
 
     def generate(self, prompt: Prompt, options: GenerateOptions) -> EngineGeneration:
         """Begin a reply; the child is started on first use."""
-        asked = prompt if isinstance(prompt, RawPrompt) else tuple(prompt)
-        return EngineGeneration(self, Generate(self._new_id(), asked, options))
+        return EngineGeneration(self, Generate(self._new_id(), _as_sent(prompt), options))
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` lets control-token texts become control tokens."""
         answer = await self._ask(Tokenize(self._new_id(), text, special), Tokens)
         return list(answer.tokens)
+
+    async def pieces(self, tokens: Sequence[int], *, special: bool = True) -> list[bytes]:
+        """The bytes that each token stands for; a character may be shared by several.
+
+        Args:
+            tokens: Token ids, shape `(n,)`.
+            special: Whether control tokens give their texts; else they give nothing.
+
+        Raises:
+            UsageError: If the model has no such token.
+        """
+        asked = Detokenize(self._new_id(), tuple(tokens), special)
+        return list((await self._ask(asked, Pieces)).pieces)
+
+    async def detokenize(self, tokens: Sequence[int], *, special: bool = True) -> str:
+        """The text that tokens stand for, as `pieces`; what is no UTF-8 becomes U+FFFD."""
+        return b"".join(await self.pieces(tokens, special=special)).decode("utf-8", "replace")
+
+    async def render(self, prompt: Prompt, options: GenerateOptions) -> PromptTokens:
+        """What the model would read of a prompt, if it were to answer it with these options.
+
+        Raises:
+            UsageError: If the messages, options or tokens make no sense.
+            ModelError: If the model's template makes nothing of the messages.
+        """
+        rendered = await self._render(prompt, options, counts_only=False)
+        assert rendered.prompt is not None
+        return rendered.prompt
+
+    async def count_tokens(self, prompt: Prompt, options: GenerateOptions) -> int:
+        """How many tokens that is; it raises what `render` raises."""
+        return (await self._render(prompt, options, counts_only=True)).n_tokens
+
+    async def _render(
+        self, prompt: Prompt, options: GenerateOptions, *, counts_only: bool
+    ) -> Rendered:
+        request = Render(self._new_id(), _as_sent(prompt), options, counts_only)
+        return await self._ask(request, Rendered)
 
     async def stats(self) -> EngineStats:
         """What the engine holds right now."""
@@ -242,6 +285,11 @@ class EngineClient:
 
     def _new_id(self) -> str:
         return f"r{next(self._ids)}"
+
+
+def _as_sent(prompt: Prompt) -> tuple[Message, ...] | RawPrompt:
+    """A prompt as frames hold it."""
+    return prompt if isinstance(prompt, RawPrompt) else tuple(prompt)
 
 
 class EngineGeneration:
