@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from nanorun import __version__
-from nanorun.runtime.protocol import Client
+from nanorun.runtime.protocol import TextClient
 from nanorun.server.anthropic.messages import messages_routes
 from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
@@ -23,10 +23,11 @@ from nanorun.server.openai.responses.routes import Responses, responses_routes
 from nanorun.server.openai.responses.store import ResponseStore
 from nanorun.server.service import Service
 from nanorun.server.settings import ServerSettings
+from nanorun.server.texts import text_routes
 
 
 def create_app(
-    client: Client, *, model_name: str, settings: ServerSettings | None = None
+    client: TextClient, *, model_name: str, settings: ServerSettings | None = None
 ) -> FastAPI:
     """The endpoint over one model.
 
@@ -67,6 +68,7 @@ def create_app(
     app.include_router(models_routes(service))
     app.include_router(chat_routes(service))
     app.include_router(completions_routes(service))
+    app.include_router(text_routes(service))
     app.include_router(responses_routes(responses))
     app.include_router(messages_routes(service))
     if settings.ollama:

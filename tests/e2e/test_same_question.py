@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx
 import ollama
 import openai
 import pytest
@@ -86,8 +87,16 @@ def test_every_api_says_the_same(
         responses = _respond_both_ways(
             client, input=asked, temperature=0, max_output_tokens=200, model="pico"
         )
+        prompt = httpx.post(f"{url}/apply-template", json={"messages": asked}).json()["prompt"]
+        raw = client.completions.create(model="pico", prompt=prompt, temperature=0, max_tokens=200)
     said = reply.choices[0].message
     expected = (said.reasoning or "", said.content or "")  # type: ignore[attr-defined]
+    (choice,) = raw.choices
+    assert (choice.reasoning, choice.text.strip()) == expected  # type: ignore[attr-defined]
+    asked_for = httpx.post(f"{url}/tokenize", json={"messages": asked}).json()
+    assert asked_for["count"] == reply.usage.prompt_tokens == raw.usage.prompt_tokens
+    counted = claude.messages.count_tokens(model="pico", messages=asked)
+    assert counted.input_tokens == asked_for["count"]
     for response in responses:
         assert (thinking_in(response), response.output_text) == expected
     arguments: dict[str, Any] = {"model": "pico", "messages": asked, "max_tokens": 200,
