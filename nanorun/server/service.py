@@ -24,6 +24,7 @@ from nanorun.server.asked import Asked
 from nanorun.server.errors import ApiError, to_api_error
 from nanorun.server.merging import merged
 from nanorun.server.model_names import ModelNames
+from nanorun.server.record import RequestRecord, record_of
 from nanorun.server.settings import ServerSettings
 from nanorun.server.writer import Writer
 
@@ -45,7 +46,9 @@ class Service:
         self.client = client
         self.names = names
         self.settings = settings
-        self.admission = Admission(settings.n_parallel, settings.max_queued)
+        self.admission = Admission(
+            settings.n_parallel, settings.max_queued, max_per_key=settings.max_per_key
+        )
         self.streams: dict[str, list[Generation]] = {}
         """The answers of replies that are made now, by the reply's id."""
 
@@ -78,39 +81,44 @@ class Service:
             ApiError: If it is refused.
             NanorunError: If it fails before the response has begun.
         """
+        record = record_of(request.scope)
         for notice in asked.notices:
             log.info("%s", notice)
         try:
             if stream:
-                pieces = self._pieces(asked, writer)
+                pieces = self._pieces(asked, writer, record)
                 # Up to the first piece a failure can still have an HTTP status of its own.
                 first = await sse.while_connected(request.receive, _first(pieces))
                 return sse.EventStream(first, pieces, writer.media_type)
             return JSONResponse(
-                await sse.while_connected(request.receive, self.complete(asked, writer))
+                await sse.while_connected(request.receive, self.complete(asked, writer, record))
             )
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
-    async def complete(self, asked: Asked, writer: Writer) -> dict[str, object]:
+    async def complete(
+        self, asked: Asked, writer: Writer, record: RequestRecord
+    ) -> dict[str, object]:
         """The whole reply, written down once it is there.
 
         Raises:
             ApiError: If there is no place for it.
             NanorunError: If it fails.
         """
-        async with aclosing(self._events(asked, writer)) as events:
+        async with aclosing(self._events(asked, writer, record)) as events:
             async for i_choice, event in events:
                 if event is not None:
                     writer.take(i_choice, event)
         return writer.whole()
 
-    async def _pieces(self, asked: Asked, writer: Writer) -> AsyncGenerator[bytes, None]:
+    async def _pieces(
+        self, asked: Asked, writer: Writer, record: RequestRecord
+    ) -> AsyncGenerator[bytes, None]:
         """A stream's bytes. What fails after its first ones becomes a part of the stream."""
         has_begun = False
         try:
             async with (
-                aclosing(self._events(asked, writer)) as all_events,
+                aclosing(self._events(asked, writer, record)) as all_events,
                 aclosing(sse.gathered(all_events, self.settings.keepalive_s)) as gatherings,
             ):
                 async for gathering in gatherings:
@@ -126,10 +134,10 @@ class Service:
             yield b"".join(writer.failure(to_api_error(error)))
 
     async def _events(
-        self, asked: Asked, writer: Writer
+        self, asked: Asked, writer: Writer, record: RequestRecord
     ) -> AsyncGenerator[tuple[int, Event | None], None]:
         """The events of all answers with the index of theirs, while a place is held."""
-        with self.admission.place(asked.n_answers):
+        with self.admission.place(asked.n_answers, key=record.key):
             async with AsyncExitStack() as stack:
                 generations: list[Generation] = []
                 answers: list[AsyncIterator[Event | None]] = []

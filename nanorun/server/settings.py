@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanorun.model.think import MEDIUM, Think
+from nanorun.server.keys import ApiKey, numbered
 
 MIB = 2**20
 
@@ -18,7 +19,11 @@ class ServerSettings:
     host: str = "127.0.0.1"
     """The address it is bound to; decides whether Host and Origin are checked."""
     api_keys: tuple[str, ...] = ()
-    """Any of these lets a request in; none means that no key is asked for."""
+    """Keys without names; any key lets a request in, and without keys none is asked for."""
+    named_keys: tuple[ApiKey, ...] = ()
+    """Keys whose names are shown in logs and /slots."""
+    max_per_key: int | None = None
+    """Requests of one key that may be under way at a time, waiting ones included."""
     allow_origins: tuple[str, ...] = ()
     """Origins whose pages may ask and read answers; `*` for all."""
     allow_hosts: tuple[str, ...] = ()
@@ -48,6 +53,11 @@ class ServerSettings:
     """Whether Ollama's routes are served."""
     thinking_fields: tuple[str, ...] = ("reasoning",)
     """Names under which chat completions give the thinking."""
+
+    @property
+    def all_keys(self) -> tuple[ApiKey, ...]:
+        """Every key, those without names named by their place."""
+        return numbered((*(ApiKey("", key) for key in self.api_keys), *self.named_keys))
 
     @property
     def is_local(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import socket
 
     from nanorun.runtime.client import EngineClient
+    from nanorun.server.keys import ApiKey
     from nanorun.server.settings import ServerSettings
 
 _NETWORK = "Network"
@@ -72,6 +74,27 @@ def command(
             metavar="KEY",
             envvar="NANORUN_API_KEY",
             help="Key that clients must send; may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="Keys, one a line, as `name: key` or `key`, like NANORUN_API_KEYS.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    max_per_key: Annotated[
+        int | None,
+        typer.Option(
+            "--max-per-key",
+            metavar="N",
+            min=1,
+            help="Requests of one key at a time; the next is told to come back later (429).",
             show_default=False,
             rich_help_panel=_NETWORK,
         ),
@@ -198,9 +221,12 @@ def command(
     from nanorun.server.settings import ServerSettings
     from nanorun.server.tls import check_pair
 
+    show_logs(verbose=verbose)
     settings = ServerSettings(
         host=host,
         api_keys=tuple(api_keys or ()),
+        named_keys=_named_keys(api_key_file),
+        max_per_key=max_per_key,
         allow_origins=tuple(allow_origins or ()),
         allow_hosts=tuple(allow_hosts or ()),
         tls_cert=tls_cert,
@@ -215,7 +241,6 @@ def command(
     )
     check_keys(settings)
     check_pair(tls_cert, tls_key)
-    show_logs(verbose=verbose)
     path = find_model(model)
     fixed = EngineOptions(
         n_parallel=n_parallel, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
@@ -236,19 +261,36 @@ def _idle_limit(keep_alive: str) -> float | None:
     return None if keep_alive.strip().lower() == "forever" else parse_duration(keep_alive)
 
 
+def _named_keys(file: Path | None) -> tuple[ApiKey, ...]:
+    """The keys of `--api-key-file` and of NANORUN_API_KEYS."""
+    from nanorun.server.keys import read_key_file, read_keys
+
+    of_file = () if file is None else read_key_file(file)
+    lines = os.environ.get("NANORUN_API_KEYS", "")
+    return (*of_file, *(read_keys(lines, "NANORUN_API_KEYS") if lines else ()))
+
+
 def check_keys(settings: ServerSettings) -> None:
     """Let nobody's machine be open to its network by accident.
 
     Raises:
-        UsageError: If others can reach the endpoint and it asks for no key, or for an empty one.
+        UsageError: If others can reach the endpoint and it asks for no key, or keys cannot be
+            told apart.
     """
-    if not all(key.strip() for key in settings.api_keys):
-        raise UsageError("an API key is empty")
-    if settings.is_local or settings.api_keys:
+    from nanorun.server.keys import check_distinct
+
+    keys = settings.all_keys
+    check_distinct(keys)
+    if settings.max_per_key is not None and not keys:
+        raise UsageError(
+            "--max-per-key limits requests of a key, and there is no key",
+            tries=["nanorun serve --api-key-file FILE --max-per-key 2"],
+        )
+    if settings.is_local or keys:
         return
     raise UsageError(
         f"listening on {settings.host} lets others in, and there is no API key",
-        facts=["a key may come from --api-key or from NANORUN_API_KEY"],
+        facts=["keys may come from --api-key, --api-key-file, NANORUN_API_KEY or NANORUN_API_KEYS"],
         tries=[f"NANORUN_API_KEY=$(openssl rand -hex 16) nanorun serve --host {settings.host}"],
     )
 
