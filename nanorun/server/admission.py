@@ -1,4 +1,4 @@
-"""How many requests may be under way, and when to come back if there are too many."""
+"""How many requests may be under way or wait, how long, and when to come back after a refusal."""
 
 from __future__ import annotations
 
@@ -7,53 +7,83 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
+from nanorun.model.units import format_gib
 from nanorun.server.errors import ApiError
+from nanorun.server.settings import ServerSettings
 
 _MAX_RETRY_S = 60
 """Clients of OpenAI and Anthropic heed no longer wait."""
 _N_RECENT = 16
 
 
+@dataclass(slots=True, eq=False)
+class Place:
+    """What one request takes up."""
+
+    n_waiting: int
+    """Answers of it that the engine has not begun."""
+    n_bytes: int
+    """Size of its body: a cheap measure of how much there is to read."""
+
+    def begin(self) -> None:
+        """Take down that the engine began one of its answers."""
+        self.n_waiting -= 1
+
+
 class Admission:
-    """Counts requests; the engine itself queues those beyond `n_parallel`.
+    """Counts requests; the engine itself queues those beyond `n_parallel`."""
 
-    Args:
-        n_parallel: Requests the engine answers at the same time.
-        max_queued: Requests that may wait beyond those.
-        max_per_key: Requests of one key that may be under way; None for no limit.
-    """
-
-    def __init__(self, n_parallel: int, max_queued: int, *, max_per_key: int | None = None) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         self.n_active = 0
-        self._n_parallel = n_parallel
-        self._max_queued = max_queued
-        self._max_per_key = max_per_key
+        """Answers that are made or wait."""
+        self._settings = settings
+        self._places: set[Place] = set()
         self._n_by_key: Counter[str] = Counter()
         self._pace = _Pace()
 
-    def check(self, n: int = 1, *, key: str | None = None) -> None:
-        """Refuse a request beyond a limit; one with several answers if nobody waits.
+    @property
+    def n_waiting(self) -> int:
+        """Answers that the engine has not begun."""
+        return sum(place.n_waiting for place in self._places)
+
+    def check(self, n: int = 1, *, key: str | None = None, n_bytes: int = 0) -> None:
+        """Refuse a request beyond a limit; a large one only if others are before it.
 
         Args:
             n: Answers it wants.
             key: The name of its key.
+            n_bytes: Size of its body.
 
         Raises:
             ApiError: 429 that names the limit, with a guess at when there is room again.
         """
-        n_most = self._n_parallel + self._max_queued
+        n_parallel, max_queued = self._settings.n_parallel, self._settings.max_queued
+        n_most = n_parallel + max_queued
         if self.n_active and self.n_active + n > n_most:
             raise self._refusal(
                 f"{self.n_active} requests are being answered or waiting, and no more than"
-                f" {n_most} may (--parallel {self._n_parallel}, --max-queued {self._max_queued})",
+                f" {n_most} may (--parallel {n_parallel}, --max-queued {max_queued})",
                 "queue_full",
             )
+        self._check_bytes(n_bytes)
         if key is not None:
             self._check_key(n, key)
 
+    def _check_bytes(self, n_bytes: int) -> None:
+        n_before = sum(place.n_bytes for place in self._places if place.n_waiting)
+        n_most = self._settings.max_queued_bytes
+        if n_before and n_before + n_bytes > n_most:
+            raise self._refusal(
+                f"the bodies of waiting requests make {format_gib(n_before)}, this one"
+                f" {format_gib(n_bytes)}, and together they may make {format_gib(n_most)}"
+                " (--max-queued-size)",
+                "queue_full",
+            )
+
     def _check_key(self, n: int, key: str) -> None:
-        n_now, n_most = self._n_by_key[key], self._max_per_key
+        n_now, n_most = self._n_by_key[key], self._settings.max_per_key
         if n_most is None or not n_now or n_now + n <= n_most:
             return
         raise self._refusal(
@@ -62,6 +92,15 @@ class Admission:
             "key_limit",
             # Of all requests that end, only its own make room for it.
             one_in=self.n_active / n_now,
+        )
+
+    def waited_too_long(self) -> ApiError:
+        """What a request is told that has waited for as long as any may."""
+        limit_s = self._settings.max_wait_s
+        return self._refusal(
+            f"the request has waited {limit_s:g} s for its turn, and none may wait longer"
+            " (--max-wait)",
+            "waited_too_long",
         )
 
     def _refusal(self, problem: str, code: str, *, one_in: float = 1.0) -> ApiError:
@@ -75,17 +114,20 @@ class Admission:
         )
 
     @contextmanager
-    def place(self, n: int = 1, *, key: str | None = None) -> Iterator[None]:
+    def place(self, n: int = 1, *, key: str | None = None, n_bytes: int = 0) -> Iterator[Place]:
         """Hold a place for each of `n` answers for the time of a `with` block.
 
         Raises:
             ApiError: As `check`.
         """
-        self.check(n, key=key)
+        self.check(n, key=key, n_bytes=n_bytes)
+        place = Place(n, n_bytes)
         self._change(n, key)
+        self._places.add(place)
         try:
-            yield
+            yield place
         finally:
+            self._places.remove(place)
             self._change(-n, key)
 
     def _change(self, n: int, key: str | None) -> None:

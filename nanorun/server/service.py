@@ -19,8 +19,9 @@ from nanorun.chat.schema.following import SchemaCheck, checked
 from nanorun.model.chat import Event, ModelInfo, Notice
 from nanorun.runtime.protocol import Client, Generation
 from nanorun.server import sse
-from nanorun.server.admission import Admission
+from nanorun.server.admission import Admission, Place
 from nanorun.server.asked import Asked
+from nanorun.server.beginning import begun_within
 from nanorun.server.errors import ApiError, to_api_error
 from nanorun.server.merging import merged
 from nanorun.server.model_names import ModelNames
@@ -46,9 +47,7 @@ class Service:
         self.client = client
         self.names = names
         self.settings = settings
-        self.admission = Admission(
-            settings.n_parallel, settings.max_queued, max_per_key=settings.max_per_key
-        )
+        self.admission = Admission(settings)
         self.streams: dict[str, list[Generation]] = {}
         """The answers of replies that are made now, by the reply's id."""
 
@@ -137,7 +136,8 @@ class Service:
         self, asked: Asked, writer: Writer, record: RequestRecord
     ) -> AsyncGenerator[tuple[int, Event | None], None]:
         """The events of all answers with the index of theirs, while a place is held."""
-        with self.admission.place(asked.n_answers, key=record.key):
+        admission = self.admission
+        with admission.place(asked.n_answers, key=record.key, n_bytes=record.n_body_bytes) as place:
             async with AsyncExitStack() as stack:
                 generations: list[Generation] = []
                 answers: list[AsyncIterator[Event | None]] = []
@@ -146,6 +146,8 @@ class Service:
                     await stack.enter_async_context(aclosing(generation))
                     generations.append(generation)
                     answer = checked(generation, SchemaCheck(options))
+                    await stack.enter_async_context(aclosing(answer))
+                    answer = self._in_time(answer, place)
                     answers.append(await stack.enter_async_context(aclosing(answer)))
                 self.streams[writer.id] = generations
                 try:
@@ -155,6 +157,17 @@ class Service:
                         yield i_choice, event
                 finally:
                     self.streams.pop(writer.id, None)
+
+    def _in_time(
+        self, answer: AsyncIterator[Event | None], place: Place
+    ) -> AsyncGenerator[Event | None, None]:
+        """The events of an answer, or a refusal if the engine does not begin it soon enough."""
+        return begun_within(
+            answer,
+            self.settings.max_wait_s,
+            on_begin=place.begin,
+            too_late=self.admission.waited_too_long,
+        )
 
 
 def _written(writer: Writer, gathering: Sequence[tuple[int, Event | None]]) -> bytes:

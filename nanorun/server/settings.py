@@ -36,6 +36,12 @@ class ServerSettings:
     """Requests the engine answers at the same time."""
     max_queued: int = 512
     """Requests that may wait beyond those; the next one is told to come back later."""
+    max_queued_bytes: int = 256 * MIB
+    """Size of the bodies of all that wait; it stands for how much there is to read, and bounds the
+    memory that a queue of long prompts takes."""
+    max_wait_s: float | None = 600.0
+    """How long a request may wait until the engine begins it; the official clients of OpenAI and
+    Anthropic give up then, too. None for no limit."""
     max_body_bytes: int = 32 * MIB
     """A million tokens of text take about 5 MB, and up to six times that with JSON escapes."""
     keepalive_s: float = 10.0

@@ -18,7 +18,7 @@ from nanorun.cli.planning import Opening, log_memory, parse_draft, plan_opening
 from nanorun.errors import UsageError
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import Think
-from nanorun.model.units import parse_duration
+from nanorun.model.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     import socket
@@ -151,6 +151,24 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = 512,
+    max_queued_size: Annotated[
+        str,
+        typer.Option(
+            "--max-queued-size",
+            metavar="SIZE",
+            help="Bodies of waiting requests together; a request beyond gets 429.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "256MiB",
+    max_wait: Annotated[
+        str,
+        typer.Option(
+            "--max-wait",
+            metavar="TIME",
+            help="A request that waits longer for its turn gets 429 (10m, forever).",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "10m",
     aliases: Annotated[
         list[str] | None,
         typer.Option(
@@ -233,6 +251,8 @@ def command(
         tls_key=tls_key,
         n_parallel=n_parallel,
         max_queued=max_queued,
+        max_queued_bytes=parse_size(max_queued_size),
+        max_wait_s=_limit_s(max_wait),
         aliases=tuple(aliases or ()),
         any_model=any_model,
         ollama=ollama,
@@ -249,16 +269,16 @@ def command(
         model, path, n_ctx, command="serve", fixed=fixed, leave=leave, keeps_texts=True
     )
     client = EngineClient(
-        path, opening.options, smaller=opening.smaller, keep_alive_s=_idle_limit(keep_alive)
+        path, opening.options, smaller=opening.smaller, keep_alive_s=_limit_s(keep_alive)
     )
     # Bound before the model is loaded: a port that is taken should not cost that wait.
     listener = bind(host, port)
     asyncio.run(_serve(client, opening, display_name(model), listener, settings))
 
 
-def _idle_limit(keep_alive: str) -> float | None:
-    """Seconds of `--keep-alive`; None to keep the model for good."""
-    return None if keep_alive.strip().lower() == "forever" else parse_duration(keep_alive)
+def _limit_s(text: str) -> float | None:
+    """Seconds of `--keep-alive` or `--max-wait`; None for no limit."""
+    return None if text.strip().lower() == "forever" else parse_duration(text)
 
 
 def _named_keys(file: Path | None) -> tuple[ApiKey, ...]:
