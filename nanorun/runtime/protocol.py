@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nanorun.model.chat import Event, GenerateOptions, ModelInfo, Prompt
 
@@ -26,6 +26,19 @@ class Client(Protocol):
 
     def generate(self, prompt: Prompt, options: GenerateOptions) -> Generation:
         """Begin a reply to a conversation, or the text that follows a raw prompt."""
+
+
+@runtime_checkable
+class LocalEngine(Protocol):
+    """A client whose engine is a process of this machine."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while there is one."""
+
+    @property
+    def n_restarts(self) -> int:
+        """Processes that were started after one that died."""
 
 
 class Generation(Protocol):

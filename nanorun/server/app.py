@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,6 +13,8 @@ from nanorun.server.anthropic.messages import messages_routes
 from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
 from nanorun.server.index import index_routes
+from nanorun.server.looking import looking_routes
+from nanorun.server.metrics import EngineCollector, Metrics
 from nanorun.server.model_names import ModelNames
 from nanorun.server.ollama.routes import ollama_routes
 from nanorun.server.openai.chat import chat_routes
@@ -19,10 +22,15 @@ from nanorun.server.openai.completions import completions_routes
 from nanorun.server.openai.models import models_routes
 from nanorun.server.service import Service
 from nanorun.server.settings import ServerSettings
+from nanorun.server.watch import Watch
 
 
 def create_app(
-    client: Client, *, model_name: str, settings: ServerSettings | None = None
+    client: Client,
+    *,
+    model_name: str,
+    settings: ServerSettings | None = None,
+    planned_bytes: Callable[[], int | None] = lambda: None,
 ) -> FastAPI:
     """The endpoint over one model.
 
@@ -30,6 +38,7 @@ def create_app(
         client: What answers; the caller starts and closes it.
         model_name: The model's name towards clients.
         settings: Limits and rules; those of a loopback endpoint by default.
+        planned_bytes: What the engine's process is to take of main memory; None if not known.
     """
     settings = settings or ServerSettings()
     names = ModelNames(model_name, settings.aliases, any_name=settings.any_model)
@@ -37,6 +46,9 @@ def create_app(
     # Swagger's pages would load scripts from the network.
     app = FastAPI(title="nanorun", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, settings=settings)
+    metrics = Metrics()
+    metrics.registry.register(EngineCollector(client, service.admission, planned_bytes))
+    app.add_middleware(Watch, on_end=metrics.take)  # around the gate: it sees refusals, too
     install_handlers(app)
 
     @app.get("/health")
@@ -46,6 +58,7 @@ def create_app(
         return {"status": "ok", "model": model_name, "n_active": service.admission.n_active}
 
     app.include_router(index_routes(model_name))
+    app.include_router(looking_routes(service, metrics))
     app.include_router(models_routes(service))
     app.include_router(chat_routes(service))
     app.include_router(completions_routes(service))

@@ -22,6 +22,8 @@ from nanorun.server.settings import ServerSettings
 
 _OPEN_PATHS = frozenset({"/health"})
 """Asked by process managers, which hold no key; tells nothing worth one."""
+_OPEN_HERE = frozenset({"/metrics"})
+"""Asked by scrapers of this machine without a key."""
 
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -39,6 +41,7 @@ class Gate:
         self._settings = settings
         self._origins = Origins(settings)
         self._keys = Keyring(settings.all_keys)
+        self._open = _OPEN_PATHS | _OPEN_HERE if settings.is_local else _OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with an error or pass the request on, by the plain form of its path."""
@@ -55,7 +58,7 @@ class Gate:
             if is_preflight(scope["method"], headers):
                 await self._origins.preflight(headers)(scope, receive, reply)
                 return
-            if scope["path"] not in _OPEN_PATHS:
+            if scope["path"] not in self._open:
                 self._check_key(headers, record)
             await self._app(scope, self._limit(headers, receive, record), reply)
         except ApiError as error:
@@ -66,6 +69,9 @@ class Gate:
             if not reply.has_begun:
                 await told.response(scope["path"])(scope, receive, reply)
             raise
+        finally:
+            # The router, within, leaves it there.
+            record.route = getattr(scope.get("route"), "path", None)
 
     def _headers_for(self, headers: Headers, record: RequestRecord) -> dict[str, str]:
         """What every answer to a request carries."""

@@ -8,8 +8,8 @@ before and after a stream has begun, and a client that leaves.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -25,7 +25,7 @@ from nanorun.server.beginning import begun_within
 from nanorun.server.errors import ApiError, to_api_error
 from nanorun.server.merging import merged
 from nanorun.server.model_names import ModelNames
-from nanorun.server.record import RequestRecord, record_of
+from nanorun.server.record import AnswerRecord, RequestRecord, record_of
 from nanorun.server.settings import ServerSettings
 from nanorun.server.writer import Writer
 
@@ -50,6 +50,8 @@ class Service:
         self.admission = Admission(settings)
         self.streams: dict[str, list[Generation]] = {}
         """The answers of replies that are made now, by the reply's id."""
+        self.under_way: dict[str, RequestRecord] = {}
+        """Requests that are answered now or wait, by their id."""
 
     def info(self) -> ModelInfo:
         """What answers.
@@ -130,7 +132,9 @@ class Service:
         except Exception as error:
             if not has_begun:
                 raise
-            yield b"".join(writer.failure(to_api_error(error)))
+            told = to_api_error(error)
+            record.failure = told.code or told.type
+            yield b"".join(writer.failure(told))
 
     async def _events(
         self, asked: Asked, writer: Writer, record: RequestRecord
@@ -149,14 +153,27 @@ class Service:
                     await stack.enter_async_context(aclosing(answer))
                     answer = self._in_time(answer, place)
                     answers.append(await stack.enter_async_context(aclosing(answer)))
-                self.streams[writer.id] = generations
-                try:
-                    events = await stack.enter_async_context(aclosing(merged(answers)))
-                    async for i_choice, event in events:
+                stack.enter_context(self._shown(record, writer, generations))
+                events = await stack.enter_async_context(aclosing(merged(answers)))
+                async for i_choice, event in events:
+                    if event is not None:
+                        record.answers[i_choice].take(event)
                         _log_notice(event)
-                        yield i_choice, event
-                finally:
-                    self.streams.pop(writer.id, None)
+                    yield i_choice, event
+
+    @contextmanager
+    def _shown(
+        self, record: RequestRecord, writer: Writer, generations: list[Generation]
+    ) -> Iterator[None]:
+        """Let a reply be seen and controlled while it is made."""
+        record.model, record.reply_id = self.names.name, writer.id
+        record.answers = [AnswerRecord() for _ in generations]
+        self.under_way[record.id] = record
+        self.streams[writer.id] = generations
+        try:
+            yield
+        finally:
+            del self.streams[writer.id], self.under_way[record.id]
 
     def _in_time(
         self, answer: AsyncIterator[Event | None], place: Place
@@ -185,7 +202,7 @@ async def _first(pieces: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(pieces)
 
 
-def _log_notice(event: Event | None) -> None:
+def _log_notice(event: Event) -> None:
     """Tell whoever runs the server what a client may not show: a model opened smaller."""
     if isinstance(event, Notice):
         log.warning("%s", event.text)

@@ -337,7 +337,12 @@ async def _serve(
         )
         # The server repeats the signal that stopped it once it is done; ending well is no failure.
         signal.signal(signal.SIGTERM, lambda _signum, _frame: None)
-        app = create_app(client, model_name=name, settings=settings)
+        app = create_app(
+            client,
+            model_name=name,
+            settings=settings,
+            planned_bytes=lambda: opening.planned_bytes.get(client.options),
+        )
         await serve(app, listener, settings, lambda _server: note(greeting))
     finally:
         status.clear()
