@@ -20,6 +20,7 @@ from nanorun.server.ollama.routes import ollama_routes
 from nanorun.server.openai.chat import chat_routes
 from nanorun.server.openai.completions import completions_routes
 from nanorun.server.openai.models import models_routes
+from nanorun.server.request_log import ContentsLog, log_request
 from nanorun.server.service import Service
 from nanorun.server.settings import ServerSettings
 from nanorun.server.watch import Watch
@@ -48,7 +49,11 @@ def create_app(
     app.add_middleware(Gate, settings=settings)
     metrics = Metrics()
     metrics.registry.register(EngineCollector(client, service.admission, planned_bytes))
-    app.add_middleware(Watch, on_end=metrics.take)  # around the gate: it sees refusals, too
+    # Around the gate, to see what is refused as well.
+    if settings.log_contents:
+        app.add_middleware(ContentsLog)
+    on_end = [metrics.take, *([log_request] if settings.log_requests else [])]
+    app.add_middleware(Watch, on_end=on_end)
     install_handlers(app)
 
     @app.get("/health")

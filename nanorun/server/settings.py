@@ -51,6 +51,11 @@ class ServerSettings:
     think: Think = MEDIUM
     """Reasoning depth of requests that name none."""
 
+    log_requests: bool = False
+    """Whether each request is logged, without contents."""
+    log_contents: bool = False
+    """Whether the beginnings of bodies are logged, too."""
+
     aliases: tuple[str, ...] = ()
     """Further names of the model."""
     any_model: bool = False

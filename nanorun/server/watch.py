@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,10 +15,10 @@ class Watch:
 
     Args:
         app: What answers.
-        on_end: Told of each request that has ended.
+        on_end: Each is told of every request that has ended.
     """
 
-    def __init__(self, app: ASGIApp, on_end: Callable[[RequestRecord], None]) -> None:
+    def __init__(self, app: ASGIApp, on_end: Sequence[Callable[[RequestRecord], None]]) -> None:
         self._app = app
         self._on_end = on_end
 
@@ -38,4 +38,5 @@ class Watch:
             await self._app(scope, receive, noting)
         finally:
             record.ended = time.monotonic()
-            self._on_end(record)
+            for tell in self._on_end:
+                tell(record)

@@ -201,6 +201,22 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = ReasoningField.REASONING,
+    log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--log-requests/--no-log-requests",
+            help="Tell of each request on stderr, one line without contents.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = True,
+    log_contents: Annotated[
+        bool,
+        typer.Option(
+            "--log-contents",
+            help="Tell what is asked and answered, too: 4 KiB of each, for debugging.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = False,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
     n_parallel: Annotated[
@@ -239,7 +255,7 @@ def command(
     from nanorun.server.settings import ServerSettings
     from nanorun.server.tls import check_pair
 
-    show_logs(verbose=verbose)
+    show_logs(verbose=verbose, requests=log_requests or log_contents)
     settings = ServerSettings(
         host=host,
         api_keys=tuple(api_keys or ()),
@@ -253,6 +269,8 @@ def command(
         max_queued=max_queued,
         max_queued_bytes=parse_size(max_queued_size),
         max_wait_s=_limit_s(max_wait),
+        log_requests=log_requests,
+        log_contents=log_contents,
         aliases=tuple(aliases or ()),
         any_model=any_model,
         ollama=ollama,
@@ -261,6 +279,8 @@ def command(
     )
     check_keys(settings)
     check_pair(tls_cert, tls_key)
+    if log_contents:
+        note("what people ask and are answered is written to this log (--log-contents)")
     path = find_model(model)
     fixed = EngineOptions(
         n_parallel=n_parallel, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
