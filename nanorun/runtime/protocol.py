@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from nanorun.model.chat import Event, GenerateOptions, ModelInfo, Prompt, PromptTokens
 
@@ -45,6 +45,19 @@ class TextClient(Client, Protocol):
 
     async def count_tokens(self, prompt: Prompt, options: GenerateOptions) -> int:
         """How many tokens that is."""
+
+
+@runtime_checkable
+class LocalEngine(Protocol):
+    """A client whose engine is a process of this machine."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while there is one."""
+
+    @property
+    def n_restarts(self) -> int:
+        """Processes that were started after one that died."""
 
 
 class Generation(Protocol):

@@ -195,6 +195,8 @@ class FakeClient:
     n_starts: int = 0
     n_closes: int = 0
     options: EngineOptions = field(default_factory=EngineOptions)
+    pid: int | None = None
+    n_restarts: int = 0
 
     @classmethod
     def playing(cls, *scripts: list[Step], **options: Any) -> FakeClient:
@@ -204,10 +206,6 @@ class FakeClient:
     @property
     def info(self) -> ModelInfo:
         return self.model_info
-
-    @property
-    def pid(self) -> None:
-        return None
 
     @property
     def last(self) -> FakeRequest:

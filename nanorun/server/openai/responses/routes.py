@@ -17,6 +17,7 @@ from nanorun.server.openai.responses.items import kind_of
 from nanorun.server.openai.responses.offered import OfferedTools, read_tools
 from nanorun.server.openai.responses.store import ResponseStore, Stored
 from nanorun.server.openai.responses.writer import ResponsesWriter
+from nanorun.server.record import RequestRecord, record_of
 from nanorun.server.service import Service
 
 Item = dict[str, Any]
@@ -54,7 +55,7 @@ class Responses:
         )
         self._made[writer.id] = writer
         if body.background:
-            return JSONResponse(self._begin(asked, writer))
+            return JSONResponse(self._begin(asked, writer, record_of(request.scope)))
         return await self._service.respond(request, asked, writer, stream=bool(body.stream))
 
     async def count_tokens(self, body: ResponsesRequest) -> dict[str, Any]:
@@ -112,17 +113,19 @@ class Responses:
             why = "a response in the background must be stored"
             raise ApiError(400, f"background: {why}", code="invalid_value", param="store")
 
-    def _begin(self, asked: Asked, writer: ResponsesWriter) -> dict[str, Any]:
+    def _begin(
+        self, asked: Asked, writer: ResponsesWriter, record: RequestRecord
+    ) -> dict[str, Any]:
         """Make a response that nobody waits for."""
 
         async def make() -> None:
             try:
-                await self._service.complete(asked, writer)
+                await self._service.complete(asked, writer, record)
             except Exception as error:
                 writer.error = to_api_error(error)
                 await writer.settle()
 
-        self._service.admission.check(asked.n_answers)
+        self._service.admission.check(asked.n_answers, key=record.key, n_bytes=record.n_body_bytes)
         task = asyncio.create_task(make())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
