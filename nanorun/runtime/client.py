@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -32,6 +31,9 @@ from nanorun.model.chat import (
     PrefillProgress,
 )
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.engine_state import EngineState
+from nanorun.model.memory_needs import MemoryNeeds
+from nanorun.runtime.openings import Openings
 from nanorun.runtime.process.child import Child
 from nanorun.runtime.process.frames import (
     Answer,
@@ -51,8 +53,6 @@ from nanorun.runtime.process.frames import (
     Tokens,
 )
 
-log = logging.getLogger(__name__)
-
 A = TypeVar("A", bound=Answer)
 
 
@@ -64,6 +64,8 @@ class EngineClient:
         options: How it is opened.
         smaller: What to try, one after the other, when memory runs out: options, and what they
             change in words.
+        needs: What each way to open the model takes of main memory; what does not fit is not
+            loaded. Without it, everything counts as fitting.
         keep_alive_s: Idle time after which the model is unloaded; the next request loads it again.
             None to keep it.
     """
@@ -74,11 +76,11 @@ class EngineClient:
         options: EngineOptions | None = None,
         *,
         smaller: Sequence[tuple[EngineOptions, str]] = (),
+        needs: MemoryNeeds | None = None,
         keep_alive_s: float | None = None,
     ) -> None:
         self._model = model
-        self._options = options or EngineOptions()
-        self._smaller = deque(smaller)
+        self._openings = Openings(options or EngineOptions(), smaller, needs)
         self._keep_alive_s = keep_alive_s
         self._ids = count(1)
         self._child: Child | None = None
@@ -86,7 +88,8 @@ class EngineClient:
         """The child that loads its model just now."""
         self._info: ModelInfo | None = None
         self._starting = asyncio.Lock()
-        self._notices: list[str] = []
+        self._ended: tuple[float, NanorunError | None] = (time.time(), None)
+        """When the model was last unloaded, or could not be loaded, and why."""
         self._idle_timer: asyncio.Task[None] | None = None
 
     @property
@@ -97,7 +100,30 @@ class EngineClient:
     @property
     def options(self) -> EngineOptions:
         """How the model is opened now."""
-        return self._options
+        return self._openings.options
+
+    @property
+    def state(self) -> EngineState:
+        """What becomes of a request that comes now."""
+        if self._opening is not None:
+            return EngineState("loading", self._opening.started_at, self._opening.progress)
+        child = self._child
+        if child is None:
+            return self._state_without_model(*self._ended)
+        if child.alive:
+            return EngineState("ready", child.started_at)
+        # It had loaded the model, and died: the next request starts another.
+        return self._state_without_model(child.ended_at, child.death)
+
+    def _state_without_model(self, since: float, error: NanorunError | None) -> EngineState:
+        reason = None if error is None else error.message
+        if isinstance(error, MemoryPlanError | EngineOutOfMemory):
+            obstacle = self._openings.obstacle()
+            if obstacle is not None:
+                return EngineState("failed", since, reason=obstacle)
+        elif error is not None and self._child is None:
+            return EngineState("failed", since, reason=reason)
+        return EngineState("unloaded", since, reason=reason)
 
     @property
     def pid(self) -> int | None:
@@ -109,40 +135,41 @@ class EngineClient:
 
         Raises:
             ModelError: If the file cannot be used.
+            MemoryShortage: If what is free now does not suffice; nothing was loaded.
             MemoryPlanError: If the context cannot be allocated.
             EngineDied: If the child ended while loading.
         """
         async with self._starting:
-            if self._child is not None and isinstance(self._child.death, EngineOutOfMemory):
-                self._shrink(self._child.death)
-            while self._child is None or not self._child.alive:
-                child = self._opening = Child()
+            if self._child is None or not self._child.alive:
                 try:
-                    await child.start(self._model, self._options)
-                    self._child = child
-                except (MemoryPlanError, EngineOutOfMemory) as error:
-                    await child.stop()
-                    if not self._shrink(error):
-                        raise
-                except BaseException:
-                    await child.stop()
+                    self._child = await self._start_child()
+                except NanorunError as error:
+                    self._child, self._ended = None, (time.time(), error)
                     raise
-                finally:
-                    self._opening = None
             self._info = self._child.info
             self.rest()
             assert self._info is not None
             return self._info
 
-    def _shrink(self, error: NanorunError) -> bool:
-        """Go on with the next smaller options, if there are any."""
-        if not self._smaller:
-            return False
-        self._options, change = self._smaller.popleft()
-        notice = f"memory ran out, so the model was opened smaller: {change}"
-        log.info("%s (%s)", notice, error.message)
-        self._notices.append(notice)
-        return True
+    async def _start_child(self) -> Child:
+        if self._child is not None and isinstance(self._child.death, EngineOutOfMemory):
+            self._openings.failed(self._child.death)
+        while True:
+            # It may ask every process what it holds, which takes a while on a busy machine.
+            options = await asyncio.to_thread(self._openings.next)
+            child = self._opening = Child()
+            try:
+                await child.start(self._model, options)
+                return child
+            except (MemoryPlanError, EngineOutOfMemory) as error:
+                await child.stop()
+                if not self._openings.failed(error, while_loading=True):
+                    raise
+            except BaseException:
+                await child.stop()
+                raise
+            finally:
+                self._opening = None
 
     async def recover(self, child: Child, error: NanorunError) -> bool:
         """After `child` ran out of memory: end it, so that the next start is a smaller one.
@@ -155,12 +182,13 @@ class EngineClient:
                 return True
             if child.alive:
                 await child.stop()
-            self._child = None
-            return self._shrink(error)
+            self._child, self._ended = None, (time.time(), error)
+            return self._openings.failed(error)
 
     def take_notice(self) -> str | None:
         """Something the person should know before the next reply, once."""
-        return self._notices.pop(0) if self._notices else None
+        notices = self._openings.notices
+        return notices.pop(0) if notices else None
 
     async def close(self) -> None:
         """End the child; replies still running end with `EngineDied`."""
@@ -171,7 +199,7 @@ class EngineClient:
                 self._idle_timer.cancel()
             if self._child is not None:
                 await self._child.stop()
-                self._child = None
+            self._child, self._ended = None, (time.time(), None)
 
     def rest(self) -> None:
         """Begin to count idle time, at the end of anything that kept the engine busy."""
@@ -185,6 +213,7 @@ class EngineClient:
         async with self._starting:
             if self._child is not None and self._child.idle:
                 child, self._child = self._child, None
+                self._ended = (time.time(), None)
                 await asyncio.shield(child.stop())
 
     def generate(self, messages: Sequence[Message], options: GenerateOptions) -> EngineGeneration:

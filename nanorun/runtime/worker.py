@@ -121,7 +121,11 @@ class Worker:
     def _open(self, request: Open) -> Engine:
         if request.options.verbose:
             logging.getLogger().setLevel(logging.DEBUG)
-        model = LoadedModel(Path(request.path), request.options)
+
+        def progress(part: float) -> None:
+            self._send(Progress(request.id, (part,)))
+
+        model = LoadedModel(Path(request.path), request.options, progress=progress)
         return Engine(model, request.options)
 
     def _serve(self, engine: Engine) -> None:

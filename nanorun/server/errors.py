@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from nanorun.errors import ContextFull, EngineDied, EngineError, NanorunError, UsageError
+from nanorun.errors import (
+    ContextFull,
+    EngineDied,
+    EngineError,
+    MemoryPlanError,
+    NanorunError,
+    UsageError,
+)
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +79,9 @@ def to_api_error(error: Exception) -> ApiError:
             return _server_error(503, _text(error), code="engine_died", headers=headers)
         case EngineError():
             return _server_error(500, _text(error), code="engine_error")
+        case MemoryPlanError(retry_after_s=float(wait_s)):
+            headers = {"Retry-After": str(ceil(wait_s))}
+            return _server_error(503, _text(error), code="out_of_memory", headers=headers)
         case NanorunError():
             return _server_error(500, _text(error))
         case _:

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from nanorun.errors import ContextFull, EngineDied, EngineError, UsageError
+from nanorun.errors import (
+    ContextFull,
+    EngineDied,
+    EngineError,
+    MemoryPlanError,
+    MemoryShortage,
+    UsageError,
+)
 from nanorun.model.chat import (
     Finished,
     Message,
@@ -130,6 +137,8 @@ FAILURES = [
     (ContextFull("9000 tokens do not fit 8192"), 400, "context_length_exceeded"),
     (UsageError("roles must alternate"), 400, None),
     (EngineDied("the engine's process was ended by SIGKILL"), 503, "engine_died"),
+    (MemoryPlanError("a context of 8192 tokens could not be allocated"), 503, "out_of_memory"),
+    (MemoryShortage("the model needs 17.0 GiB", retry_after_s=4.2), 503, "out_of_memory"),
     (EngineError("llama_decode failed"), 500, "engine_error"),
 ]
 

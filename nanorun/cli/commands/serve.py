@@ -111,7 +111,11 @@ def command(
         model, path, n_ctx, command="serve", fixed=fixed, leave=leave, keeps_texts=True
     )
     client = EngineClient(
-        path, opening.options, smaller=opening.smaller, keep_alive_s=_idle_limit(keep_alive)
+        path,
+        opening.options,
+        smaller=opening.smaller,
+        needs=opening.needs,
+        keep_alive_s=_idle_limit(keep_alive),
     )
     # Bound before the model is loaded: a port that is taken should not cost that wait.
     listener = bind(host, port)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from nanorun.runtime.process.frames import (
     Open,
     Ping,
     Pong,
+    Progress,
     Ready,
     Request,
 )
@@ -54,6 +56,11 @@ class Child:
         self._n_heard = 0
         self._n_steps = -1
         self._stuck_s = 0.0
+        self.started_at = time.time()
+        """Seconds since the epoch; once the model is loaded, when it was."""
+        self.ended_at = 0.0
+        self.progress = 0.0
+        """The part of the weights that is read, 0 to 1."""
         self.memory_is_short = False
         """Whether main memory was nearly spent when somebody last looked."""
         self._kills: KillCounter | None = None
@@ -100,11 +107,13 @@ class Child:
         ]
         with self.inbox("open") as inbox:
             await self.send(Open("open", str(model), options))
-            answer = await inbox.get()
+            while isinstance(answer := await inbox.get(), Progress):
+                (self.progress,) = answer.values
         if isinstance(answer, Failed):
             raise answer.error
         assert isinstance(answer, Ready)
         self.info = answer.info
+        self.started_at = time.time()
 
     async def stop(self) -> None:
         """Ask it to close, then make it; one that has not opened its model has nothing to keep."""
@@ -216,6 +225,7 @@ class Child:
         with contextlib.suppress(asyncio.CancelledError):
             await self._tasks[1]  # its last words
         self.death = self._cause_of_death(code)
+        self.ended_at = time.time()
         for request_id, inbox in self._inboxes.items():
             inbox.put_nowait(Failed(request_id, self.death))
 

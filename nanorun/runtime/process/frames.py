@@ -140,7 +140,8 @@ class Progress:
 
     id: str
     values: tuple[Any, ...]
-    """As JSON can hold them; for a `Score` the tokens done and all tokens."""
+    """As JSON can hold them; for a `Score` the tokens done and all tokens, for an `Open` the part
+    of the weights that is read."""
 
 
 @dataclass(frozen=True, slots=True)
