@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nanorun.runtime.engine.admission import Admission
+from nanorun.runtime.engine.waiting import Waiting
 from nanorun.runtime.prompt_state.archive import Archive
 from nanorun.runtime.prompt_state.archived_state import ArchivedState
 from nanorun.runtime.prompt_state.place_index import PlaceIndex
@@ -67,7 +68,9 @@ def seconds_a_step(n_waiting: int, n_steps: int, *, changes: bool) -> list[float
         assert branch is not None
         tree.extend(branch, shared)
         branches.append(branch)
-    waiting = [Stream(np.append(shared, np.int32(i))) for i in range(n_waiting)]
+    waiting: Waiting[Stream] = Waiting()
+    for i in range(n_waiting):
+        waiting.add(Stream(np.append(shared, np.int32(i)), turn=(False, False, i)))
     times = []
     for _ in range(n_steps):
         for branch in branches:
@@ -75,7 +78,7 @@ def seconds_a_step(n_waiting: int, n_steps: int, *, changes: bool) -> list[float
         if changes:
             tree.checkpoint(branches[0])
         started = time.perf_counter()
-        for stream in waiting:
+        for stream in waiting.head():
             admission.leader(stream, running)
             tree.n_cells_needed(admission.match(stream))
             tree.n_cells_obtainable()
@@ -105,7 +108,7 @@ def main() -> None:
     """Print a row a case."""
     print("| waiting prompts of 100,000 tokens | first step, ms | later, ms | tree changes, ms |")
     print("|---|---|---|---|")
-    for n_waiting in (1, 8, 32):
+    for n_waiting in (1, 8, 32, 256, 512):
         first, *later = seconds_a_step(n_waiting, 50, changes=False)
         _, *changed = seconds_a_step(n_waiting, 20, changes=True)
         row = (first, statistics.median(later), statistics.median(changed))

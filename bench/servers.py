@@ -86,11 +86,11 @@ class Server:
             "cache_prompt": True,
         }
 
-    def cpu_s(self) -> float:
-        """CPU time of the server and its children so far."""
+    def cpu_s(self) -> tuple[float, float]:
+        """CPU time so far: of the server's own process, and of its children (nanorun's engine)."""
         process = psutil.Process(self.pid)
-        times = [p.cpu_times() for p in (process, *process.children(recursive=True))]
-        return sum(t.user + t.system for t in times)
+        own, *others = [p.cpu_times() for p in (process, *process.children(recursive=True))]
+        return own.user + own.system, sum(t.user + t.system for t in others)
 
     def ask(self, messages: Sequence[dict[str, str]], *, n_thinking: int, n_answer: int) -> Reply:
         """One streamed reply of forced lengths; see `body`."""
@@ -111,7 +111,10 @@ def _take(reply: Reply, chunk: dict[str, Any], started: float) -> None:
         raise RuntimeError(chunk["error"])
     for choice in chunk.get("choices", ()):
         delta = choice["delta"]
-        thinking, answer = delta.get("reasoning_content") or "", delta.get("content") or ""
+        thinking, answer = (
+            delta.get("reasoning") or delta.get("reasoning_content") or "",
+            delta.get("content") or "",
+        )
         if (thinking or answer) and not reply.first_token_s:
             reply.first_token_s = time.perf_counter() - started
         reply.thinking += thinking

@@ -22,6 +22,20 @@ _NOT_A_CALL = "not a tool call"
 
 
 @dataclass(frozen=True, slots=True)
+class CallBegins:
+    """A call of a tool on offer, whose arguments are still to come."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallText:
+    """More of the JSON text of the arguments of the call that began."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ParsedCall:
     """A call of a tool, as far as it could be understood."""
 
@@ -29,6 +43,8 @@ class ParsedCall:
     """Name of the tool; empty if there is none."""
     arguments: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
+    is_whole: bool = True
+    """Whether all of its arguments could be read."""
 
 
 class CallDraft:
@@ -42,11 +58,13 @@ class CallDraft:
     def __init__(self, name: str, tools: ToolSet) -> None:
         self.problems: list[str] = []
         self.arguments: dict[str, Any] = {}
+        self._is_whole = True
         self._unused: list[str] = []
         found = tools.find(name)
         if found is None and tools:
             offered = ", ".join(tools.names)
             self.problems.append(f"no tool is called {name!r}; offered: {offered}")
+        self.is_offered = found is not None
         self.spec = found or ToolSpec(name, {})
 
     def add_text(self, name: str, text: str) -> None:
@@ -58,9 +76,12 @@ class CallDraft:
         self._add(name, value_from_json(value, self.spec, name))
 
     def _add(self, name: str, result: tuple[Any, str | None]) -> None:
+        """Add an argument; one that is there already stays what it is, as it may be out."""
         value, problem = result
-        if self.arguments.get(name, value) != value:
-            self.problems.append(f"{name} is given twice, first as {self.arguments[name]!r}")
+        if name in self.arguments:
+            if self.arguments[name] != value:
+                self.problems.append(f"{name} is given twice, then as {value!r}")
+            return
         if name not in self.spec.parameters and not self.spec.is_open:
             self.problems.append(f"{self.spec.name} has no parameter {name!r}")
         if problem:
@@ -72,6 +93,16 @@ class CallDraft:
         if text.strip():
             self._unused.append(text.strip())
 
+    def break_off(self, problem: str) -> None:
+        """Say that there were more arguments than could be read."""
+        self.problems.append(problem)
+        self._is_whole = False
+
+    def break_off_at(self, text: str) -> None:
+        """Say that the text, which is all there is of the arguments, could not be read."""
+        self.add_unused(text)
+        self._is_whole = False
+
     def done(self) -> ParsedCall:
         """The call, with all that is wrong with it."""
         missing = [name for name in self.spec.required if name not in self.arguments]
@@ -79,7 +110,8 @@ class CallDraft:
             self.problems.append(f"{', '.join(missing)} missing")
         if self._unused:
             self.problems.append("text outside the parameters:\n" + "\n".join(self._unused))
-        return ParsedCall(self.spec.name, self.arguments, "; ".join(self.problems) or None)
+        problem = "; ".join(self.problems) or None
+        return ParsedCall(self.spec.name, self.arguments, problem, self._is_whole)
 
 
 def calls_from_json(text: str, tools: ToolSet) -> list[ParsedCall]:
@@ -107,13 +139,13 @@ def _add_arguments(draft: CallDraft, arguments: Any) -> None:
         try:
             arguments = load_json(arguments) if arguments.strip() else {}
         except ValueError:
-            draft.add_unused(arguments)
+            draft.break_off_at(arguments)
             return
     if isinstance(arguments, Mapping):
         for key, value in arguments.items():
             draft.add_json(key, value)
     elif arguments is not None:
-        draft.add_unused(str(arguments))
+        draft.break_off_at(str(arguments))
 
 
 def unusable(text: str, what: str = _NOT_A_CALL) -> ParsedCall:

@@ -10,18 +10,19 @@ from __future__ import annotations
 import codecs
 import re
 import secrets
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from nanorun.chat.call_parsing import ParsedCall
+from nanorun.chat.call_events import CallEvents, unread
+from nanorun.chat.call_parsing import CallBegins, CallText, ParsedCall
 from nanorun.chat.markup import CALL, END_CALL, END_THINK, THINK
 from nanorun.chat.phrases import PhraseMatcher
 from nanorun.chat.tool_calls import ToolCallReader
 from nanorun.chat.tool_values import ToolSet
-from nanorun.model.chat import Event, TextDelta, ThinkingDelta, ToolCall, ToolCallDelta
+from nanorun.model.chat import Event, TextDelta, ThinkingDelta, ToolArguments
 
-_TAGS = frozenset({THINK, END_THINK, CALL, END_CALL})
+_THINKING_TAGS = frozenset({THINK, END_THINK})
+_CALL_TAGS = frozenset({CALL, END_CALL})
 _NEWLINES = re.compile(r"\n*")
 _BLANK = re.compile(r"\s*")
 
@@ -35,13 +36,17 @@ class ReplyParser:
     after them. A `<tool_call>` ends thinking. Text after a tool call is answer again, a blank
     line apart from the text before it.
 
+    Where no tools are on offer there are no calls: their tags are text, in the thinking too, which
+    then ends with its own tag alone.
+
     A `<think>` at the beginning of the answer is a tag, and so is a `</think>` in it, which some
     models write twice; further on `<think>` is text, as is the `</think>` that follows it: the
     answer quotes them. As control tokens they are always tags.
 
     Args:
         starts_in_thinking: Whether the prompt ended with an open `<think>`.
-        tools: The tools on offer, in OpenAI's form; they give arguments their types.
+        tools: The tools on offer, in OpenAI's form; they give arguments their types. Without any,
+            what looks like a call is text.
         stop: Texts that end the answer, the first to be complete; none of it comes out.
             Thinking and tool calls are not searched.
         id_prefix: What the ids of tool calls start with; random by default.
@@ -61,15 +66,18 @@ class ReplyParser:
         """Tool calls so far, unusable ones included."""
         self._tools = ToolSet(tools)
         self._stops = frozenset(filter(None, stop))
-        self._openers = frozenset({CALL, *(f"<function={name}>" for name in self._tools.names)})
+        self._tags = _THINKING_TAGS | _CALL_TAGS if self._tools else _THINKING_TAGS
+        self._openers: frozenset[str] = frozenset()
+        if self._tools:
+            self._openers = frozenset({CALL, *(f"<function={name}>" for name in self._tools.names)})
         self._id_prefix = f"call_{secrets.token_hex(6)}_" if id_prefix is None else id_prefix
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._thinking_tags = PhraseMatcher([THINK, END_THINK, CALL])
-        self._answer_tags = PhraseMatcher([*self._stops, *self._openers, *_TAGS])
+        self._thinking_tags = PhraseMatcher(self._tags - {END_CALL})
+        self._answer_tags = PhraseMatcher([*self._stops, *self._openers, *self._tags])
         self._events: list[Event] = []
         self._reader: ToolCallReader | None = None
-        self._was_thinking = False
-        self._in_open_block = False
+        self._call: CallEvents | None = None  # that has begun
+        self._n_begun = 0
         self._mode: _Mode
         self._matcher: PhraseMatcher
         self._pending: str  # text that may be the beginning of a phrase
@@ -79,7 +87,7 @@ class ReplyParser:
         self._has_answered = False
         self._follows_call = False
         """Whether the text to come must be set apart from text before a call."""
-        self._quoted: Counter[str] = Counter()
+        self._n_quoted = 0
         """Opening tags that were text of the answer, and await their closing tags."""
         self._enter("thinking" if starts_in_thinking else "answer")
 
@@ -108,9 +116,9 @@ class ReplyParser:
                 `</think>` in the middle of an answer from the same text quoted there.
 
         Returns:
-            What has become certain: thinking, answer text, complete tool calls.
+            What has become certain: thinking, answer text, tool calls.
         """
-        if control and (tag := piece.decode("utf-8", "replace")) in _TAGS:
+        if control and (tag := piece.decode("utf-8", "replace")) in self._tags:
             self._consume(self._decoder.decode(b"", True))
             self._consume_control(tag)
         else:
@@ -163,7 +171,7 @@ class ReplyParser:
             stops = [phrase for phrase in found if phrase in self._stops]
             if stops:
                 return stops[0]
-        tag = next((p for p in found if p in _TAGS or p in self._openers), None)
+        tag = next((p for p in found if p in self._tags or p in self._openers), None)
         return None if tag is None or self._is_quoted(tag, run[: -len(tag)]) else tag
 
     def _is_quoted(self, tag: str, before: str) -> bool:
@@ -172,13 +180,10 @@ class ReplyParser:
             return False
         if tag == THINK:
             quoted = self._has_text or bool(before.strip())
-            self._quoted[tag] += quoted
+            self._n_quoted += quoted
             return quoted
-        if tag == END_CALL and self._in_open_block:
-            return False
-        opener = THINK if tag == END_THINK else CALL
-        quoted = self._quoted[opener] > 0
-        self._quoted[opener] -= quoted
+        quoted = tag == END_THINK and self._n_quoted > 0
+        self._n_quoted -= quoted
         return quoted
 
     def _consume_control(self, tag: str) -> None:
@@ -210,7 +215,6 @@ class ReplyParser:
         elif phrase == END_THINK and self.in_thinking:
             self._enter("answer")
         else:  # a stray tag
-            self._in_open_block = self._in_open_block and phrase != END_CALL
             if not self._has_text:
                 self._skip = _NEWLINES
                 self._blanks.clear()
@@ -218,7 +222,6 @@ class ReplyParser:
     # --- tool calls -------------------------------------------------------------------------
 
     def _open_call(self, opener: str, *, control: bool) -> None:
-        self._was_thinking = self.in_thinking
         self._mode = "call"
         self._reader = ToolCallReader(self._tools, by_token=control)
         if opener != CALL:
@@ -227,36 +230,45 @@ class ReplyParser:
     def _drain(self, reader: ToolCallReader) -> None:
         """Pass on what the reader found, and go on with text when it is done."""
         for item in reader.items:
-            self._enter("call")
-            if isinstance(item, ParsedCall):
-                self._emit_call(item)
-            else:
-                self._release(item)
+            match item:
+                case CallText(text) if self._call is not None:
+                    self._events.append(self._call.add(text))
+                case CallBegins(name):
+                    self._enter("call")
+                    self._begin_call(name)
+                case ParsedCall():
+                    self._enter("call")
+                    self._complete_call(item)
+                case str():
+                    self._enter("call")
+                    self._release(item)
         reader.items.clear()
         if not reader.done:
             return
         self._reader = None
-        if reader.refused:
-            self._resume(reader.leftover)
+        self._enter("answer")
+        self._skip = _BLANK
+        self._follows_call = self._has_answered
+        self._consume(reader.leftover)
+
+    def _begin_call(self, name: str) -> CallEvents:
+        self._call = CallEvents(self._n_begun, self._next_id, name)
+        self._n_begun += 1
+        self._events.append(self._call.begun())
+        return self._call
+
+    def _complete_call(self, parsed: ParsedCall) -> None:
+        if parsed.name:
+            call = self._call or self._begin_call(parsed.name)
+            self._events += call.complete(parsed)
         else:
-            self._enter("answer")
-            self._skip = _BLANK
-            self._follows_call = self._has_answered
-            self._in_open_block = not reader.closed
-            self._consume(reader.leftover)
-
-    def _resume(self, leftover: str) -> None:
-        """Go on as if the `<tool_call>` had been text."""
-        self._mode = "thinking" if self._was_thinking else "answer"
-        self._quoted[CALL] += not self._was_thinking
-        self._release(CALL)
-        self._consume(leftover)
-
-    def _emit_call(self, parsed: ParsedCall) -> None:
-        call_id = f"{self._id_prefix}{self.n_tool_calls}"
-        call = ToolCall(call_id, parsed.name, parsed.arguments)
-        self._events.append(ToolCallDelta(self.n_tool_calls, call, parsed.problem))
+            self._events.append(unread(self._n_begun, self._next_id, parsed))
+        self._call = None
         self.n_tool_calls += 1
+
+    @property
+    def _next_id(self) -> str:
+        return f"{self._id_prefix}{self.n_tool_calls}"
 
     # --- text -------------------------------------------------------------------------------
 
@@ -270,7 +282,7 @@ class ReplyParser:
         self._blanks = []
         self._has_text = False
         self._follows_call = False
-        self._quoted.clear()
+        self._n_quoted = 0
 
     def _release(self, text: str) -> None:
         """Pass on text that is certain, but for the white space it ends with."""
@@ -295,14 +307,18 @@ class ReplyParser:
 
     def _take_events(self) -> list[Event]:
         """The events since the last call, neighbours of one kind joined."""
+        taken, self._events = self._events, []
+        if len(taken) < 2:
+            return taken
         events: list[Event] = []
-        for event in self._events:
+        for event in taken:
             last = events[-1] if events else None
             if isinstance(event, TextDelta) and isinstance(last, TextDelta):
                 events[-1] = TextDelta(last.text + event.text)
             elif isinstance(event, ThinkingDelta) and isinstance(last, ThinkingDelta):
                 events[-1] = ThinkingDelta(last.text + event.text)
+            elif isinstance(event, ToolArguments) and isinstance(last, ToolArguments):
+                events[-1] = ToolArguments(event.index, last.text + event.text)
             else:
                 events.append(event)
-        self._events = []
         return events

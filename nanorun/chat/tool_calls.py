@@ -13,15 +13,27 @@ others come with these slips, each of which somebody saw a model make:
 
 Values may hold the very tags: one that begins on a line of its own ends with a `</parameter>` on
 a line of its own, after which the call goes on or ends.
+
+The JSON text of the arguments is told as it becomes certain: a string while it is written, any
+other value when its parameter ends. A call of a tool that is not on offer, and one in the JSON
+form, which a later character may show to be none, is told when it is complete.
 """
 
 from __future__ import annotations
 
 import re
 
-from nanorun.chat.call_parsing import CallDraft, ParsedCall, calls_from_json, unusable
+from nanorun.chat.argument_text import ArgumentsText, ValueText
+from nanorun.chat.call_parsing import (
+    CallBegins,
+    CallDraft,
+    CallText,
+    ParsedCall,
+    calls_from_json,
+    unusable,
+)
 from nanorun.chat.markup import CALL, END_CALL
-from nanorun.chat.tool_values import ToolSet
+from nanorun.chat.tool_values import ToolSet, is_plain_text
 
 _FUNCTION, _END_FUNCTION = "<function=", "</function>"
 _PARAMETER, _END_PARAMETER = "<parameter=", "</parameter>"
@@ -42,9 +54,8 @@ _N_CHUNK = 4096
 class ToolCallReader:
     """Reads the text after a `<tool_call>`, and further calls that follow at once.
 
-    Feed it until `done`; what it found is in `items`: calls, and text that stood around them.
-    Without tools on offer a text that does not begin like a call is not taken for one: the reader
-    is then `refused`, and all it read is in `leftover`.
+    Feed it until `done`; what it found is in `items`: text that stood around calls, and calls.
+    Before a call may come that it begins, and pieces of its arguments.
 
     Args:
         tools: The tools on offer.
@@ -53,11 +64,8 @@ class ToolCallReader:
     """
 
     def __init__(self, tools: ToolSet, *, by_token: bool = False) -> None:
-        self.items: list[str | ParsedCall] = []
+        self.items: list[str | CallBegins | CallText | ParsedCall] = []
         self.done = False
-        self.closed = False
-        """Whether `</tool_call>` was read."""
-        self.refused = False
         self.leftover = ""
         """Text read that belongs to what follows the call."""
         self._tools = tools
@@ -65,8 +73,9 @@ class ToolCallReader:
         self._rest = ""  # not decided yet: it begins with a tag, or may be the beginning of one
         self._at_end = False  # nothing follows the rest
         self._draft: CallDraft | None = None
+        self._json: ArgumentsText | None = None  # of a call that has begun
         self._name = ""  # of the open parameter
-        self._is_sure = False  # that this is a call
+        self._value: ValueText | None = None  # of the open parameter, if it is told as it comes
         self._begin()
 
     def _begin(self) -> None:
@@ -91,24 +100,18 @@ class ToolCallReader:
 
     def feed_control(self, tag: str) -> None:
         """Read `<tool_call>` or `</tool_call>` that came as a control token, so it is no text."""
-        if self._step == self._read_head and tag == END_CALL and not self._draft:
-            self._is_sure = True
         self._close(cut_off=False)
         if tag == CALL:
             self._by_token = True
             self._begin()
         else:
-            self.done = self.closed = True
+            self.done = True
 
     def finish(self) -> None:
         """The reply ends here, whatever is open."""
         if self.done:
             return
-        if self._step == self._read_head and self._may_refuse:
-            self._refuse()
-            self.leftover += self._rest
-        else:
-            self._close(cut_off=True)
+        self._close(cut_off=True)
         self.done = True
 
     def _run(self) -> None:
@@ -130,8 +133,10 @@ class ToolCallReader:
     def _move(self, n_chars: int) -> None:
         """Take characters of the rest for text."""
         if n_chars:
-            self._text.append(self._rest[:n_chars])
-            self._rest = self._rest[n_chars:]
+            text, self._rest = self._rest[:n_chars], self._rest[n_chars:]
+            self._text.append(text)
+            if self._json is not None and self._value is not None:
+                self._tell(self._json.string(self._value.add(text)))
 
     def _skip(self, n_chars: int) -> None:
         self._rest = self._rest[n_chars:]
@@ -153,16 +158,12 @@ class ToolCallReader:
                 self._step = self._read_json
                 return True
         tag = self._next_tag(_OUTSIDE)
-        if self._may_refuse and (self._has_text or tag not in (None, _FUNCTION)):
-            self._refuse()
-            return False
         if tag is None:
             return False
         if tag == _FUNCTION:
             return self._open_function()
         if tag == END_CALL or self._has_text:
             self.items.append(unusable(self._take_text()))
-            self._is_sure = True
         self._step = self._read_after
         return True
 
@@ -170,20 +171,10 @@ class ToolCallReader:
     def _has_text(self) -> bool:
         return any(text.strip() for text in self._text)
 
-    @property
-    def _may_refuse(self) -> bool:
-        """Whether what was read so far may turn out to be no call, but text."""
-        return not self._tools and not self._is_sure
-
-    def _refuse(self) -> None:
-        self.done = self.refused = True
-        self.leftover = self._take_text()
-
     def _open_function(self) -> bool:
         name = self._read_name(_FUNCTION)
         if name is None:
             return False
-        self._is_sure = True
         if not name:
             self._step = self._read_head
             self._begun = True
@@ -193,6 +184,9 @@ class ToolCallReader:
             self.items.append(self._take_text().strip())
         self._text.clear()
         self._draft = CallDraft(name, self._tools)
+        self._json = ArgumentsText() if self._draft.is_offered else None
+        if self._json is not None:
+            self.items.append(CallBegins(self._draft.spec.name))
         self._step = self._read_between
         return True
 
@@ -231,7 +225,6 @@ class ToolCallReader:
         return True
 
     def _end_json(self) -> None:
-        self._is_sure = True
         self.items += calls_from_json(self._take_text(), self._tools)
         self._step = self._read_after
 
@@ -251,8 +244,7 @@ class ToolCallReader:
                 self._move(len(_PARAMETER))
                 return True
             self._draft.add_unused(self._take_text())
-            self._name = name
-            self._step = self._read_value
+            self._begin_value(self._draft, name)
             return True
         if tag == _END_FUNCTION:
             self._skip(len(tag))
@@ -263,8 +255,22 @@ class ToolCallReader:
         assert self._draft is not None
         self._draft.add_unused(self._take_text())
         self.items.append(self._draft.done())
-        self._draft = None
+        self._draft = self._json = None
         self._step = self._read_after
+
+    def _begin_value(self, draft: CallDraft, name: str) -> None:
+        self._name = name
+        self._step = self._read_value
+        if self._json is None or name in draft.arguments:
+            return
+        if is_plain_text(draft.spec, name):
+            self._value = ValueText()
+            self._tell(self._json.begin_string(name))
+
+    def _tell(self, text: str) -> None:
+        """Pass on more of the arguments' JSON text."""
+        if text:
+            self.items.append(CallText(text))
 
     def _read_value(self) -> bool:
         tag = self._next_tag(_IN_VALUE)
@@ -321,18 +327,33 @@ class ToolCallReader:
         """Whether the value begins right after its tag; then its end is no line of its own."""
         return not self._text or not self._text[0].startswith("\n")
 
-    def _end_open_value(self) -> bool:
-        """End a value whose `</parameter>` is missing; returns whether its function ends too."""
+    def _end_open_value(self, *, cut_off: bool = False) -> bool:
+        """End a value whose `</parameter>` is missing.
+
+        Args:
+            cut_off: Whether the reply ends here.
+
+        Returns:
+            Whether that is within the value: not even `</function>` ends it.
+        """
         text = self._take_text()
         inner = _without(text, _END_FUNCTION)
+        cut_off = cut_off and inner == text
         self._text = [_without(inner, _END_PARAMETER)]
-        self._end_value()
-        return inner != text
+        self._end_value(cut_off=cut_off)
+        return cut_off
 
-    def _end_value(self) -> None:
+    def _end_value(self, *, cut_off: bool = False) -> None:
         assert self._draft is not None
         text = self._take_text().removeprefix("\n").removesuffix("\n")
+        is_new = self._name not in self._draft.arguments
         self._draft.add_text(self._name, text)
+        if self._json is not None and is_new and not cut_off:
+            if self._value is not None:
+                self._tell(self._json.end_string(self._value.rest(text)))
+            else:
+                self._tell(self._json.value(self._name, self._draft.arguments[self._name]))
+        self._value = None
         self._step = self._read_between
 
     # --- ends -------------------------------------------------------------------------------
@@ -342,7 +363,7 @@ class ToolCallReader:
         self._rest = self._rest.lstrip()
         if self._rest.startswith(END_CALL):
             self._skip(len(END_CALL))
-            self.done = self.closed = True
+            self.done = True
         elif self._rest.startswith(CALL):
             self._skip(len(CALL))
             self._begin()
@@ -358,16 +379,15 @@ class ToolCallReader:
         self._at_end = True
         self._run()
         self._move(len(self._rest))
-        if self._step == self._read_value and self._end_open_value():
-            cut_off = False
+        if self._step == self._read_value:
+            cut_off = self._end_open_value(cut_off=cut_off)
         if self._draft is not None:
             if cut_off:
-                self._draft.problems.append("the reply ends within the call")
+                self._draft.break_off("the reply ends within the call")
             self._end_function()
         elif self._step == self._read_json:
             self._end_json()
         elif self._step == self._read_head:
-            self._is_sure = True
             self.items.append(unusable(self._take_text()))
         elif self._has_text:
             self.items.append(self._take_text())

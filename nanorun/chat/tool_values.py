@@ -128,6 +128,12 @@ def _clean(value: Any, depth: int) -> Any:
     return value
 
 
+def is_plain_text(spec: ToolSpec, name: str) -> bool:
+    """Whether the value of an argument is its text as it stands, whatever that is."""
+    schema = _resolve(spec.parameters.get(name), spec.schema)
+    return _types(schema, spec.schema) == {"string"} and "enum" not in schema
+
+
 def value_from_text(text: str, spec: ToolSpec, name: str) -> tuple[Any, str | None]:
     """The value that an argument's text stands for, and what is wrong with it, if anything."""
     schema = _resolve(spec.parameters.get(name), spec.schema)

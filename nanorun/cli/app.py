@@ -23,7 +23,7 @@ from nanorun.errors import ExitCode, UsageError
 COMMANDS = {
     "chat": "Chat with a model in the terminal.",
     "run": "Print one answer; reads and feeds pipes.",
-    "serve": "Answer over an OpenAI-style HTTP endpoint.",
+    "serve": "Answer over HTTP, in the words of OpenAI, Anthropic and Ollama.",
     "convert": "Turn a source model (safetensors) into a quantized GGUF.",
     "plan": "Show what a model takes on a machine, before any download.",
     "inspect": "Show what is in a GGUF file or a source model.",

@@ -51,6 +51,9 @@ class TextOutput:
                 self._tail = text or self._tail
             case chat.Notice(text):
                 self._remark(text)
+            case chat.ToolCallBegun(name=name):
+                self._end_line()
+                self._status.show(f"the model writes a call of {printable(name)} ...")
             case chat.ToolCallDelta(call=call):
                 self._remark(f"the model asked for a tool: {call.name} {call.arguments}")
 

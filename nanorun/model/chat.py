@@ -7,6 +7,8 @@ with `Finished`. All are plain frozen dataclasses, so they cross the pipe to the
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,6 +29,11 @@ class ToolCall:
     arguments: dict[str, Any]
 
 
+def arguments_text(call: ToolCall) -> str:
+    """The JSON text of a call's arguments, as endpoints send it whole or in pieces."""
+    return json.dumps(call.arguments, ensure_ascii=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message of a conversation."""
@@ -38,6 +45,35 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     """For role `tool`: the call this answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawPrompt:
+    """A prompt that no template makes: a text or token ids, one of the two.
+
+    The reply to it is plain text: no tool calls are read from it, and thinking only where the
+    prompt ends with an open `<think>`.
+
+    Raises:
+        ValueError: If there is neither or both.
+    """
+
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    """Token ids, shape `(n_prompt,)`; nothing is put before them."""
+    special: bool = True
+    """Whether control tokens spelled in the text are control tokens."""
+    add_bos: bool | None = None
+    """Whether the text begins with BOS, where it does not already; None for what the model's file
+    says."""
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.tokens is None):
+            raise ValueError("a raw prompt is either a text or tokens")
+
+
+Prompt = Sequence[Message] | RawPrompt
+"""What can be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +178,35 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallBegun:
+    """The model began to call a tool; pieces of its arguments follow, then the `ToolCallDelta`."""
+
+    index: int
+    """Its place among the calls that were begun."""
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolArguments:
+    """More of the JSON text of a call's arguments, as the model writes them.
+
+    The pieces of a call make `arguments_text` of it. Those of a call that broke off, which its
+    `problem` tells, are a beginning of a JSON object that never ends, so nobody can take half a
+    call for a whole one.
+    """
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCallDelta:
     """A tool call, complete; `problem` says what was wrong with it, if anything."""
 
     index: int
+    """Its place among the calls that were begun; one that could not be read at all, and so has no
+    name, was never begun and bears the index of the next."""
     call: ToolCall
     problem: str | None = None
 
@@ -188,7 +249,15 @@ class EngineStats:
 
 
 Event = (
-    PrefillProgress | ThinkingDelta | TextDelta | TokenLogprobs | ToolCallDelta | Notice | Finished
+    PrefillProgress
+    | ThinkingDelta
+    | TextDelta
+    | TokenLogprobs
+    | ToolCallBegun
+    | ToolArguments
+    | ToolCallDelta
+    | Notice
+    | Finished
 )
 
 

@@ -13,9 +13,22 @@ from nanorun.model.chat import (
     TextDelta,
     ThinkingDelta,
     TokenLogprobs,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
 )
+
+
+@dataclass(slots=True)
+class BegunCall:
+    """A call while it is written, and what was said of it."""
+
+    id: str
+    name: str
+    arguments: str = ""
+    """The JSON text of the arguments; an object that does not end if the call broke off."""
+    is_complete: bool = False
 
 
 @dataclass(slots=True)
@@ -25,7 +38,9 @@ class ReplySoFar:
     thinking: str = ""
     answer: str = ""
     calls: list[ToolCallDelta] = field(default_factory=list)
-    """Every call in its order, those that could not be read with their problem."""
+    """Every complete call in its order, those that could not be read with their problem."""
+    begun: list[BegunCall] = field(default_factory=list)
+    """Every call that was begun, by its index; the last one may still be written."""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     prefill: PrefillProgress | None = None
@@ -43,9 +58,16 @@ class ReplySoFar:
             case TextDelta(text):
                 self.answer += text
                 self.is_thinking = False
-            case ToolCallDelta():
+            case ToolCallBegun(id=call_id, name=name):
+                self.begun.append(BegunCall(call_id, name))
+                self.is_thinking = False
+            case ToolArguments(index, text):
+                self.begun[index].arguments += text
+            case ToolCallDelta(index, call):
                 self.calls.append(event)
                 self.is_thinking = False
+                if call.name and index < len(self.begun):
+                    self.begun[index].is_complete = True
             case TokenLogprobs():
                 self.logprobs.append(event)
             case Notice(text):

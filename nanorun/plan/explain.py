@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 
 from nanorun.model.arch import LayerKind
 from nanorun.model.engine_options import ALL_LAYERS, EngineOptions
@@ -170,6 +173,7 @@ def what_would_help(
     longest: int | None,
     *,
     has_choice: bool,
+    fits: Callable[[Wish], bool],
     cushion: int | None = None,
 ) -> list[str]:
     """Commands that may work, nearest to the wish first; the last ones need another machine.
@@ -179,6 +183,7 @@ def what_would_help(
         wish: What was asked.
         longest: The longest context that would fit.
         has_choice: Whether more than one recipe was considered.
+        fits: Whether this machine has room for the model with another wish.
         cushion: Bytes that would be left to other programs if the wish were met all the same;
             None where it cannot be.
     """
@@ -192,12 +197,15 @@ def what_would_help(
         less = re.sub(r" --leave \S+", "", again)
         tries.append(f"{less} --n-ctx {n_ctx} --leave {cushion // MIB}M")
     if wish.type_kv is GgmlType.F16:
-        tries.append(f"{again} --n-ctx {n_ctx} --kv q8_0")
+        smaller = (GgmlType.Q8_0, GgmlType.Q4_0)
+        fitting = (kv for kv in smaller if fits(replace(wish, type_kv=kv)))
+        tries += [f"{again} --n-ctx {n_ctx} --kv {kv.label}" for kv in islice(fitting, 1)]
     if not has_choice and shape.repository:
         # Planned anew from its source, the model gets the recipe that fits.
         command = wish.command if wish.command.startswith("plan") else "plan"
         tries.append(f"nanorun {command} {shlex.quote(shape.repository)} --n-ctx {n_ctx}")
-    if wish.fixed.n_parallel > 1:
+    alone = replace(wish, fixed=replace(wish.fixed, n_parallel=1))
+    if wish.fixed.n_parallel > 1 and fits(alone):
         tries.append(f"{again} --n-ctx {n_ctx} --parallel 1")
     if shape.name != "nano-4b":
         tries.append("nanorun plan nano-4b")

@@ -363,6 +363,10 @@ def _no_plan(shapes: Sequence[ModelShape], hardware: Hardware, wish: Wish) -> Me
         options = replace(options, n_gpu_layers=0)
     use = device_uses(shape, options, hardware)[-1]
     longest = None if wish.n_ctx is None else longest_n_ctx(shape, hardware, wish)
+
+    def fits(other: Wish) -> bool:
+        return (longest_n_ctx(shape, hardware, other) or 0) >= n_ctx
+
     return MemoryPlanError(
         f"{shape.name} at n_ctx {n_ctx:,} needs {format_gib(use.total_bytes)} at least,"
         f" but {use.name} has {format_gib(use.free_bytes)} free",
@@ -372,6 +376,7 @@ def _no_plan(shapes: Sequence[ModelShape], hardware: Hardware, wish: Wish) -> Me
             wish,
             longest,
             has_choice=len(shapes) > 1,
+            fits=fits,
             cushion=_smaller_cushion(use, hardware),
         ),
     )

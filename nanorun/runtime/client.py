@@ -25,10 +25,11 @@ from nanorun.model.chat import (
     Event,
     Finished,
     GenerateOptions,
-    Message,
     ModelInfo,
     Notice,
     PrefillProgress,
+    Prompt,
+    RawPrompt,
 )
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.engine_state import EngineState
@@ -216,9 +217,10 @@ class EngineClient:
                 self._ended = (time.time(), None)
                 await asyncio.shield(child.stop())
 
-    def generate(self, messages: Sequence[Message], options: GenerateOptions) -> EngineGeneration:
+    def generate(self, prompt: Prompt, options: GenerateOptions) -> EngineGeneration:
         """Begin a reply; the child is started on first use."""
-        return EngineGeneration(self, Generate(self._new_id(), tuple(messages), options))
+        asked = prompt if isinstance(prompt, RawPrompt) else tuple(prompt)
+        return EngineGeneration(self, Generate(self._new_id(), asked, options))
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` lets control-token texts become control tokens."""

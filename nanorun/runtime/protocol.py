@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Protocol
 
-from nanorun.model.chat import Event, GenerateOptions, Message, ModelInfo
+from nanorun.model.chat import Event, GenerateOptions, ModelInfo, Prompt
 
 
 class Client(Protocol):
@@ -24,8 +24,8 @@ class Client(Protocol):
     async def close(self) -> None:
         """End it."""
 
-    def generate(self, messages: Sequence[Message], options: GenerateOptions) -> Generation:
-        """Begin a reply."""
+    def generate(self, prompt: Prompt, options: GenerateOptions) -> Generation:
+        """Begin a reply to a conversation, or the text that follows a raw prompt."""
 
 
 class Generation(Protocol):

@@ -19,13 +19,14 @@ from typing import BinaryIO
 
 from nanorun.errors import EngineError, NanorunError
 from nanorun.file_names import readable
-from nanorun.model.chat import Event, Finished, ModelInfo, Notice
+from nanorun.model.chat import Event, Finished, ModelInfo, Notice, RawPrompt
 from nanorun.runtime.beside import Beside, Done, Job
 from nanorun.runtime.engine import request as engine_request
 from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.forms import FREE, compile_form, needs_form
+from nanorun.runtime.engine.prompts import SHORT_CHARS, is_short
 from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn, prepare_readings
-from nanorun.runtime.engine.request import SHORT_CHARS, is_short, prepare_request
+from nanorun.runtime.engine.request import prepare_request
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.measure.perplexity import score_text
 from nanorun.runtime.process import wire
@@ -251,13 +252,11 @@ class Worker:
 
     def _prepare(self, engine: Engine, asked: Generate) -> None:
         """Make the request that the engine takes; beside it, if that may take long."""
-        messages, options = list(asked.messages), asked.options
+        prompt, options = asked.prompt, asked.options
 
         def prepare(job: Job[Request]) -> Prepared:
             form = compile_form(engine.model, options) if needs_form(options) else FREE
-            request = prepare_request(
-                asked.id, engine.model, messages, options, form.form, job.check
-            )
+            request = prepare_request(asked.id, engine.model, prompt, options, form.form, job.check)
             return Prepared(request, form.notices)
 
         def submit(prepared: Prepared) -> None:
@@ -266,14 +265,16 @@ class Worker:
             engine.submit(prepared.request)
             while engine.model.notices:
                 self._send(Said(asked.id, Notice(engine.model.notices.pop(0))))
+            messages = [] if isinstance(prompt, RawPrompt) else list(prompt)
             if (reading := self._ahead.interrupt(messages)) is not None:
                 self._beside.cancel(reading)
-            self._turns[asked.id] = Turn(messages, options)
+            if messages:
+                self._turns[asked.id] = Turn(messages, options)
             for control in job.controls:
                 self._answer(engine, control)
 
         job: Job[Request] = Job(asked.id)
-        if not needs_form(options) and is_short(messages):
+        if not needs_form(options) and is_short(prompt):
             submit(prepare(job))  # sooner than another thread would wake up
         else:
             self._beside.begin("preparing", job, prepare, submit)

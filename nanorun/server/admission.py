@@ -23,13 +23,13 @@ class Admission:
         self._n_max = n_parallel + max_queued
         self._mean_s = 1.0
 
-    def check(self) -> None:
-        """Refuse a request beyond the queue's length.
+    def check(self, n: int = 1) -> None:
+        """Refuse a request beyond the queue's length; one with several answers if nobody waits.
 
         Raises:
             ApiError: 429, with a guess at when a place will be free.
         """
-        if self.n_active < self._n_max:
+        if self.n_active + n <= self._n_max or not self.n_active:
             return
         raise ApiError(
             429,
@@ -44,17 +44,17 @@ class Admission:
         return min(_MAX_RETRY_S, max(1, math.ceil(self._mean_s / self._n_parallel)))
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place for the time of a `with` block.
+    def place(self, n: int = 1) -> Iterator[None]:
+        """Hold a place for each of `n` answers for the time of a `with` block.
 
         Raises:
             ApiError: As `check`.
         """
-        self.check()
+        self.check(n)
         started = time.monotonic()
-        self.n_active += 1
+        self.n_active += n
         try:
             yield
         finally:
-            self.n_active -= 1
+            self.n_active -= n
             self._mean_s += _WEIGHT * (time.monotonic() - started - self._mean_s)

@@ -1,21 +1,22 @@
-"""The endpoint's routes."""
+"""The endpoint, put together: who is let in, the APIs, and what failures look like."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi import FastAPI
 
 from nanorun import __version__
-from nanorun.model.chat import ModelInfo
 from nanorun.runtime.protocol import Client
-from nanorun.server.chat import ChatEndpoint
-from nanorun.server.errors import ApiError, install_handlers
+from nanorun.server.anthropic.messages import messages_routes
+from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
-from nanorun.server.replies import model_object
-from nanorun.server.schema import ChatRequest, ControlRequest
+from nanorun.server.model_names import ModelNames
+from nanorun.server.ollama.routes import ollama_routes
+from nanorun.server.openai.chat import chat_routes
+from nanorun.server.openai.completions import completions_routes
+from nanorun.server.openai.models import models_routes
+from nanorun.server.service import Service
 from nanorun.server.settings import ServerSettings
 
 
@@ -30,44 +31,33 @@ def create_app(
         settings: Limits and rules; those of a loopback endpoint by default.
     """
     settings = settings or ServerSettings()
-    created = int(time.time())
-    chat = ChatEndpoint(client, model_name, settings)
+    service = Service(client, ModelNames(model_name, any_name=settings.any_model), settings)
     # Swagger's pages would load scripts from the network.
     app = FastAPI(title="nanorun", version=__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Gate, settings=settings)
     install_handlers(app)
 
-    def info() -> ModelInfo:
-        if client.info is None:
-            raise ApiError(503, "the model is not loaded", type="server_error", code="not_ready")
-        return client.info
+    @app.get("/", include_in_schema=False)
+    @app.get("/v1", include_in_schema=False)
+    async def point_the_way() -> dict[str, Any]:
+        """Say what is where."""
+        return {
+            "nanorun": __version__,
+            "model": model_name,
+            "paths": sorted(app.openapi()["paths"]),
+        }
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """Whether requests can be answered."""
-        info()
-        return {"status": "ok", "model": model_name, "n_active": chat.admission.n_active}
+        service.info()
+        return {"status": "ok", "model": model_name, "n_active": service.admission.n_active}
 
-    @app.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        """The models there are: one."""
-        return {"object": "list", "data": [model_object(model_name, info(), created)]}
-
-    @app.get("/v1/models/{name:path}")
-    async def show_model(name: str) -> dict[str, Any]:
-        """One model."""
-        if name != model_name:
-            raise ApiError(404, f"there is no model {name!r} here", code="model_not_found")
-        return model_object(model_name, info(), created)
-
-    @app.post("/v1/chat/completions", response_model=None)
-    async def complete_chat(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation, whole or as a stream."""
-        return await chat.answer(body, request)
-
-    @app.post("/v1/chat/completions/control")
-    async def control_chat(body: ControlRequest) -> dict[str, Any]:
-        """End the thinking of a reply that streams, or give it another budget."""
-        return await chat.control(body)
-
+    app.include_router(models_routes(service))
+    app.include_router(chat_routes(service))
+    app.include_router(completions_routes(service))
+    app.include_router(messages_routes(service))
+    if settings.ollama:
+        app.include_router(ollama_routes(service))
     return app

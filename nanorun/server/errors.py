@@ -1,4 +1,4 @@
-"""Every failure as the error body that OpenAI's clients understand."""
+"""Every failure as the error body that the clients of its API understand."""
 
 from __future__ import annotations
 
@@ -55,13 +55,46 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """The JSON body, the same inside a stream of events."""
+        """OpenAI's JSON body, the same inside a stream of events."""
         fields = {"message": self.message, "type": self.type}
         return {"error": {**fields, "param": self.param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        """The whole HTTP response."""
-        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """The whole HTTP response, in the words of the API that `path` belongs to."""
+        return JSONResponse(body_for(path, self), status_code=self.status, headers=self.headers)
+
+
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """Anthropic's JSON body, the same inside a stream of events."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def ollama_body(error: ApiError) -> dict[str, Any]:
+    """Ollama's JSON body."""
+    return {"error": error.message}
+
+
+_BODIES = (("/v1/messages", anthropic_body), ("/api/", ollama_body))
+
+
+def body_for(path: str, error: ApiError) -> dict[str, Any]:
+    """An error's JSON body in the words of the API that `path` belongs to."""
+    for prefix, body in _BODIES:
+        if path.startswith(prefix):
+            return body(error)
+    return error.body()
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -100,18 +133,18 @@ def _text(error: NanorunError) -> str:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Answer every failure of a route, and of routing itself, with an OpenAI body."""
+    """Answer every failure of a route, and of routing itself, with a body of its API."""
 
-    async def on_failure(_request: Request, error: Exception) -> JSONResponse:
-        return to_api_error(error).response()
+    async def on_failure(request: Request, error: Exception) -> JSONResponse:
+        return to_api_error(error).response(request.url.path)
 
-    async def on_invalid(_request: Request, error: Exception) -> JSONResponse:
+    async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return _from_validation(error.errors()).response()
+        return _from_validation(error.errors()).response(request.url.path)
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return _from_http(request, error).response()
+        return _from_http(request, error).response(request.url.path)
 
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)

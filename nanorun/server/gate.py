@@ -11,7 +11,8 @@ import hmac
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanorun.server.errors import ApiError
@@ -30,36 +31,74 @@ class Gate:
         self._keys = [key.encode() for key in settings.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with an error or pass the request on."""
+        """Answer with an error or a preflight's answer, or pass the request on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = {**scope, "path": plain_path(scope["path"])}
         headers = Headers(scope=scope)
+        shared = self._shared(headers, send)
         try:
-            self._check_names(headers)
+            is_preflight = scope["method"] == "OPTIONS"
+            self._check_names(headers, is_preflight=is_preflight)
+            if is_preflight:  # browsers send it without the key
+                await Response(status_code=204, headers=_preflight(headers))(scope, receive, shared)
+                return
             if scope["path"] not in _OPEN_PATHS:
                 self._check_key(headers)
             limited = self._limit(headers, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, shared)
             return
-        await self._app(scope, limited, send)
+        await self._app(scope, limited, shared)
 
-    def _check_names(self, headers: Headers) -> None:
-        if not self._settings.is_local:
-            return
-        if not is_loopback(_host_name(f"//{headers.get('host', '')}")):
-            raise _forbidden(f"host {headers.get('host', '')!r} is not a name of this machine")
+    def _shared(self, headers: Headers, send: Send) -> Send:
+        """Marks answers as readable by the page that asked, if it is an allowed one."""
         origin = headers.get("origin")
-        if origin is not None and not is_loopback(_host_name(origin)):
-            raise _forbidden(f"origin {origin!r} is not a page of this machine")
+        is_allowed = origin is not None and self._allows(origin)
+
+        async def send_shared(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                made = MutableHeaders(scope=message)
+                made["X-Content-Type-Options"] = "nosniff"
+                made.setdefault("Cache-Control", "no-store")
+                made.add_vary_header("Origin")
+                if is_allowed:
+                    made["Access-Control-Allow-Origin"] = str(origin)
+                    made["Access-Control-Expose-Headers"] = "Retry-After"
+            await send(message)
+
+        return send_shared
+
+    def _allows(self, origin: str) -> bool:
+        is_own = self._settings.is_local and is_loopback(_host_name(origin))
+        return is_own or self._settings.allows_origin(origin)
+
+    def _check_names(self, headers: Headers, *, is_preflight: bool) -> None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        name = _host_name(f"//{host}")
+        names = {known.lower() for known in self._settings.allowed_hosts}
+        if self._settings.is_local and not is_loopback(name) and not names & {name, "*"}:
+            raise _forbidden(
+                f"host {host!r} is not a name of this machine; if it is meant to be one, start"
+                f" nanorun serve --allow-host {name or 'NAME'}"
+            )
+        if origin is None or self._allows(origin):
+            return
+        # Beyond loopback a key is asked for, which a page of elsewhere does not have.
+        if self._settings.is_local or is_preflight:
+            raise _forbidden(
+                f"origin {origin!r} is not a page of this machine; if it may ask, start"
+                f" nanorun serve --allow-origin {origin}"
+            )
 
     def _check_key(self, headers: Headers) -> None:
         if not self._keys:
             return
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         # Header bytes come decoded as Latin-1; a key typed as UTF-8 is compared by its bytes.
-        token = given.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        token = given.strip().encode("latin-1")
         is_known = False
         # Every key is compared in full, so that the time taken tells nothing about any of them.
         for key in self._keys:
@@ -67,7 +106,7 @@ class Gate:
         if not is_known:
             raise ApiError(
                 401,
-                "a valid API key is needed: Authorization: Bearer KEY",
+                "a valid API key is needed: Authorization: Bearer KEY (or x-api-key: KEY)",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -89,6 +128,24 @@ class Gate:
             return message
 
         return receive_within
+
+
+def plain_path(path: str) -> str:
+    """A path as routes have it: `//v1/models/` and `/v1/v1/models` are `/v1/models`."""
+    plain = "/" + "/".join(part for part in path.split("/") if part)
+    while plain.startswith("/v1/v1/"):
+        plain = plain.removeprefix("/v1")
+    return plain
+
+
+def _preflight(headers: Headers) -> dict[str, str]:
+    """What a browser is told before it lets a page ask."""
+    return {
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "*"),
+        "Access-Control-Allow-Private-Network": "true",
+        "Access-Control-Max-Age": "600",
+    }
 
 
 class _BodyTooLarge(HTTPException):

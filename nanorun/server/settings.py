@@ -18,9 +18,13 @@ class ServerSettings:
     """The address it is bound to; decides whether Host and Origin are checked."""
     api_keys: tuple[str, ...] = ()
     """Any of these lets a request in; none means that no key is asked for."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names (`Host`) under which this machine may be asked."""
+    allowed_origins: tuple[str, ...] = ()
+    """Pages of elsewhere (`Origin`) that may ask; `*` for any."""
     n_parallel: int = 4
     """Requests the engine answers at the same time."""
-    max_queued: int = 32
+    max_queued: int = 512
     """Requests that may wait beyond those; the next one is told to come back later."""
     max_body_bytes: int = 32 * MIB
     """A million tokens of text take about 5 MB, and up to six times that with JSON escapes."""
@@ -30,6 +34,18 @@ class ServerSettings:
     """How long answers may go on after SIGTERM."""
     think: Think = MEDIUM
     """Reasoning depth of requests that name none."""
+
+    any_model: bool = False
+    """Whether requests may name any model; the one there is answers."""
+    ollama: bool = True
+    """Whether Ollama's routes are served."""
+    thinking_fields: tuple[str, ...] = ("reasoning",)
+    """Names under which chat completions give the thinking."""
+
+    def allows_origin(self, origin: str) -> bool:
+        """Whether a page of that origin may ask and read the answer."""
+        allowed = {known.rstrip("/").lower() for known in self.allowed_origins}
+        return "*" in allowed or origin.lower() in allowed
 
     @property
     def is_local(self) -> bool:

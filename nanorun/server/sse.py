@@ -14,16 +14,22 @@ from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
+MEDIA_TYPE = "text/event-stream"
 DONE = b"data: [DONE]\n\n"
 
 # nginx holds a stream back until its buffer is full unless told not to.
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
+# Events that wait for a client to take those before them; then their maker waits.
+_MOST_GATHERED = 256
 
-def encode(payload: Mapping[str, Any]) -> bytes:
-    """One event."""
-    body = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return f"data: {body}\n\n".encode()
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def encode(payload: Mapping[str, Any], name: str | None = None) -> bytes:
+    """One event, with a line that names it where the API has one."""
+    line = f"event: {name}\n" if name else ""
+    return f"{line}data: {_to_json(payload)}\n\n".encode()
 
 
 def comment(text: str) -> bytes:
@@ -40,10 +46,13 @@ class EventStream(StreamingResponse):
     Args:
         first: What the generator yielded already.
         rest: The generator.
+        media_type: What it is.
     """
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(_chain(first, rest), media_type="text/event-stream", headers=_HEADERS)
+    def __init__(
+        self, first: bytes, rest: AsyncGenerator[bytes, None], media_type: str = MEDIA_TYPE
+    ) -> None:
+        super().__init__(_chain(first, rest), media_type=media_type, headers=_HEADERS)
         self._rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,26 +106,42 @@ async def _end(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-async def with_pauses(events: AsyncIterator[T], pause_s: float) -> AsyncGenerator[T | None, None]:
-    """The events, and None whenever none came for a while.
+async def gathered(events: AsyncIterator[T], pause_s: float) -> AsyncGenerator[list[T], None]:
+    """The events that came since the last time, and an empty list whenever none came for a while.
 
-    Waiting is done beside the iterator: a time limit on the iterator itself would cancel it.
+    One task reads them as they come. So an event needs no task and no timer of its own, and those
+    that come together leave together. A reader that is slower than the events is waited for.
+
+    Args:
+        events: What comes.
+        pause_s: Seconds without an event after which there is an empty list.
     """
-    pending: asyncio.Future[T] | None = None
+    ready: list[T] = []
+    news, room = asyncio.Event(), asyncio.Event()
+
+    async def read() -> None:
+        try:
+            async for event in events:
+                ready.append(event)
+                news.set()
+                if len(ready) >= _MOST_GATHERED:
+                    room.clear()
+                    await room.wait()
+        finally:
+            news.set()
+
+    reader = asyncio.ensure_future(read())
     try:
-        while True:
-            pending = asyncio.ensure_future(_next(events))
-            while not (await asyncio.wait({pending}, timeout=pause_s))[0]:
-                yield None
-            try:
-                event = pending.result()
-            except StopAsyncIteration:
-                return
-            yield event
+        while ready or not reader.done():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await news.wait()
+            taken = ready.copy()
+            ready.clear()
+            news.clear()
+            room.set()
+            if taken or not reader.done():
+                yield taken
+        reader.result()
     finally:
-        if pending is not None:
-            await _end(pending)
-
-
-async def _next(events: AsyncIterator[T]) -> T:
-    return await anext(events)
+        await _end(reader)

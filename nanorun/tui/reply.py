@@ -13,6 +13,8 @@ from nanorun.model.chat import (
     PrefillProgress,
     TextDelta,
     ThinkingDelta,
+    ToolArguments,
+    ToolCallBegun,
     ToolCallDelta,
 )
 from nanorun.model.reply_so_far import ReplySoFar
@@ -67,7 +69,9 @@ class Reply(ReplySoFar):
             case TextDelta():
                 self._count_delta()
                 self._leave_thinking(Phase.ANSWERING)
-            case ToolCallDelta():
+            case ToolArguments():
+                self._count_delta()
+            case ToolCallBegun() | ToolCallDelta():
                 self._leave_thinking(Phase.ANSWERING)
             case Finished():
                 self.end()

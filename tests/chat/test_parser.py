@@ -108,7 +108,7 @@ def test_a_reply_may_open_the_thinking_itself() -> None:
     ],
 )
 def test_orphan_tags_are_not_text(reply: str, thinking: bool, expected: Said) -> None:
-    assert said(reply, thinking=thinking) == expected
+    assert said(reply, thinking=thinking, tools=[ADD]) == expected
 
 
 def test_an_answer_may_write_about_the_tags() -> None:

@@ -9,7 +9,8 @@ from itertools import pairwise
 import pytest
 
 from nanorun.chat.parser import ReplyParser
-from nanorun.model.chat import Event, TextDelta, ThinkingDelta
+from nanorun.model.chat import Event, TextDelta, ThinkingDelta, ToolArguments
+from tests.support.calls import assert_told
 
 N_REPLIES = 100_000
 TOOL = {
@@ -54,6 +55,8 @@ def read(
             events[-1] = TextDelta(last.text + event.text)
         elif isinstance(event, ThinkingDelta) and isinstance(last, ThinkingDelta):
             events[-1] = ThinkingDelta(last.text + event.text)
+        elif isinstance(event, ToolArguments) and isinstance(last, ToolArguments):
+            events[-1] = ToolArguments(event.index, last.text + event.text)
         else:
             events.append(event)
     return events, parser.stopped_by
@@ -72,3 +75,4 @@ def test_any_cut_of_any_bytes_says_the_same(seed: int) -> None:
         single = [data[i : i + 1] for i in range(len(data))]
         for pieces in (single, cut(data, rng)):
             assert read(pieces, thinking, stop, tools) == whole, (data, thinking, stop, tools)
+        assert_told(whole[0])

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nanorun.chat.parser import ReplyParser
-from nanorun.model.chat import TextDelta, ThinkingDelta, ToolCallDelta
+from nanorun.model.chat import TextDelta, ThinkingDelta, ToolArguments, ToolCallBegun, ToolCallDelta
+from tests.support.calls import assert_told
 
 WEATHER = {
     "type": "function",
@@ -50,6 +51,7 @@ def read(text: str, tools: tuple[Any, ...] = (WEATHER, CALC), n_step: int = 0) -
     n_step = n_step or len(data) or 1
     pieces = [data[i : i + n_step] for i in range(0, len(data), n_step)]
     events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+    assert_told(events)
     found: Read = []
     for event in events:
         if isinstance(event, ToolCallDelta):
@@ -233,7 +235,7 @@ SLIPS: dict[str, tuple[str, Read]] = {
     "required one missing": (HEAD + DAYS + TAIL, [weather("city missing", days=3)]),
     "given twice": (
         HEAD + CITY + CITY.replace("Paris", "Rome") + TAIL,
-        [weather("city is given twice, first as 'Paris'", city="Rome")],
+        [weather("city is given twice, then as 'Rome'", city="Paris")],
     ),
     "tags for names": (
         HEAD + "<city>Paris</city>\n" + TAIL,
@@ -316,8 +318,9 @@ def test_broken_json_is_reported_with_its_text(name: str) -> None:
 
 def test_call_is_there_as_soon_as_its_function_ends() -> None:
     parser = ReplyParser(starts_in_thinking=False, tools=[CALC])
-    assert parser.feed((CALC_HEAD + "1\n</parameter>\n</function").encode()) == []
-    [event] = parser.feed(b">")
+    so_far = parser.feed((CALC_HEAD + "1\n</parameter>\n</function").encode())
+    assert not any(isinstance(event, ToolCallDelta) for event in so_far)
+    event = parser.feed(b">")[-1]
     assert isinstance(event, ToolCallDelta)
     assert event.call.arguments == {"expression": "1"}
 
@@ -334,39 +337,44 @@ def test_ids_of_calls_differ_between_replies() -> None:
 # -- without tools on offer ------------------------------------------------------------------------
 
 
-def test_call_is_read_without_tools_too() -> None:
-    assert read(HEAD + CITY + DAYS + TAIL, tools=()) == [TWO_DAYS]
-    assert read(f"<tool_call>{JSON}</tool_call>", tools=()) == [PARIS]
-
-
 @pytest.mark.parametrize(
     "text",
     [
+        HEAD + CITY + DAYS + TAIL,
+        f"<tool_call>{JSON}</tool_call>",
+        "<function=get_weather>\n<parameter=city>\nParis",
         "A call starts with <tool_call> and ends with </tool_call>, like a tag.",
-        "`<tool_call>`",
         "<tool_call>",
-        "<tool_call> <func",
-        "<tool_call>\n\n<functor",
-        "<tool_call><tool_call>x</tool_call>",
+        "</tool_call>",
+        "<tool_call>\n<function=f>\n</function>\n</tool_call>\n\nDone.",
     ],
 )
 @pytest.mark.parametrize("n_step", [0, 1])
-def test_answer_may_write_about_calls_where_there_are_no_tools(text: str, n_step: int) -> None:
+def test_calls_are_text_where_no_tools_are_offered(text: str, n_step: int) -> None:
     assert read(text, tools=(), n_step=n_step) == [text]
 
 
-def test_thinking_may_write_about_calls_where_there_are_no_tools() -> None:
-    parser = ReplyParser(starts_in_thinking=True)
-    events = parser.feed(b"no <tool_call> here") + parser.feed(b"</think>Hi")
-    assert "".join(event.text for event in events[:-1]) == "no <tool_call> here"  # type: ignore[union-attr]
-    assert events[-1] == TextDelta("Hi")
+def test_calls_by_token_are_text_where_no_tools_are_offered() -> None:
+    call = CALC_HEAD + "1" + CALC_TAIL
+    body = call.removeprefix("<tool_call>").removesuffix("</tool_call>")
+    assert feed("So:\n", ("<tool_call>",), body, ("</tool_call>",), "\nHi") == [
+        TextDelta(f"So:\n{call}\nHi")
+    ]
+
+
+@pytest.mark.parametrize("by_token", [True, False])
+def test_thinking_ends_with_its_own_tag_where_no_tools_are_offered(by_token: bool) -> None:
+    tag = ("<tool_call>",) if by_token else "<tool_call>"
+    end = ("</think>",) if by_token else "</think>"
+    events = feed("no ", tag, " here\n", end, "\n\nHi", starts_in_thinking=True)
+    assert events == [ThinkingDelta("no <tool_call> here"), TextDelta("Hi")]
 
 
 # -- tags that come as control tokens --------------------------------------------------------------
 
 
 def feed(*pieces: str | tuple[str], **options: Any) -> list[Any]:
-    """Events of pieces of text and, in tuples, of control tokens."""
+    """Texts and complete calls in pieces of text and, in tuples, of control tokens."""
     parser = ReplyParser(**{"starts_in_thinking": False, "id_prefix": "", **options})
     events: list[Any] = []
     for piece in pieces:
@@ -375,6 +383,8 @@ def feed(*pieces: str | tuple[str], **options: Any) -> list[Any]:
         else:
             events += parser.feed(piece.encode())
     events += parser.finish()
+    assert_told(events)
+    events = [e for e in events if not isinstance(e, ToolCallBegun | ToolArguments)]
     for i in reversed(range(1, len(events))):
         if type(events[i]) is type(events[i - 1]) is not ToolCallDelta:
             events[i - 1 : i + 1] = [type(events[i])(events[i - 1].text + events[i].text)]
@@ -428,8 +438,9 @@ def test_last_parameter_may_be_open_where_the_call_began_with_a_token() -> None:
 
 def test_control_token_is_text_of_nothing_it_does_not_fit() -> None:
     assert feed("a<thi", ("<|im_start|>",), "nk>") == [TextDelta("a<thi<|im_start|>nk>")]
-    assert feed("a<thi", ("</tool_call>",), "b") == [TextDelta("a<thib")]
-    assert feed(("</tool_call>",), starts_in_thinking=True) == [ThinkingDelta("</tool_call>")]
+    assert feed("a<thi", ("</tool_call>",), "b", tools=[CALC]) == [TextDelta("a<thib")]
+    events = feed(("</tool_call>",), starts_in_thinking=True, tools=[CALC])
+    assert events == [ThinkingDelta("</tool_call>")]
 
 
 def test_control_token_completes_an_unfinished_character() -> None:

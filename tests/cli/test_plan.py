@@ -133,10 +133,10 @@ def test_bad_wishes_end_with_their_code(
 
 
 def test_suggestions_keep_the_machine_that_was_described(nanorun: Any) -> None:
-    result: Result = nanorun("plan", "nano:q4", "--n-ctx", "1M", "--ram", "18GiB", "--kv", "f16",
+    result: Result = nanorun("plan", "nano:q4", "--n-ctx", "1M", "--ram", "19GiB", "--kv", "f16",
                              "--hardware", str(FOLDER / "cpu-24g.json"))  # fmt: skip
     assert result.code == 4
-    machine = f"--ram 18GiB --hardware {FOLDER / 'cpu-24g.json'}"
+    machine = f"--ram 19GiB --hardware {FOLDER / 'cpu-24g.json'}"
     (shorter,) = [line for line in result.err.splitlines() if "nano:q4 --n-ctx" in line
                   and "--kv" not in line]  # fmt: skip
     assert f"nanorun plan {machine} nano:q4 --n-ctx " in shorter

@@ -35,7 +35,7 @@ def test_client_gets_a_completion(live: Start) -> None:
     choice = completion.choices[0]
     message: Any = choice.message
     assert (choice.finish_reason, message.content) == ("stop", "it is 4")
-    assert message.reasoning_content == message.reasoning == "two and two"
+    assert message.reasoning == "two and two"
     usage: Any = completion.usage
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens == 13
     assert usage.prompt_tokens_details.cached_tokens == 3
@@ -43,7 +43,7 @@ def test_client_gets_a_completion(live: Start) -> None:
     assert endpoint.client.last.options.think == HIGH
 
 
-def test_client_streams_reasoning_content_and_usage(live: Start) -> None:
+def test_client_streams_reasoning_and_usage(live: Start) -> None:
     script = [PrefillProgress(1, 7, 0), 0.1, *reply("it is 4", thinking="two and two")]
     with client_of(live(script, keepalive_s=0.02)) as client:
         chunks = list(
@@ -58,7 +58,7 @@ def test_client_streams_reasoning_content_and_usage(live: Start) -> None:
     deltas: list[Any] = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
     assert deltas[0].role == "assistant"
     assert "".join(d.content or "" for d in deltas) == "it is 4"
-    thinking = [d.reasoning_content for d in deltas if hasattr(d, "reasoning_content")]
+    thinking = [d.reasoning for d in deltas if hasattr(d, "reasoning")]
     assert "".join(thinking) == "two and two"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     usage: Any = chunks[-1].usage
@@ -111,9 +111,9 @@ def test_client_raises_its_own_errors(live: Start) -> None:
             create(model="pico", messages=MESSAGES)
         with pytest.raises(openai.NotFoundError):
             create(model="gpt-5", messages=MESSAGES)
-        with pytest.raises(openai.BadRequestError) as several:
-            create(model="pico", messages=MESSAGES, n=2)
-        assert several.value.param == "n"
+        with pytest.raises(openai.BadRequestError) as spoken:
+            create(model="pico", messages=MESSAGES, modalities=["audio"])
+        assert spoken.value.param == "modalities"
 
 
 def test_client_raises_when_a_stream_fails_midway(live: Start) -> None:

@@ -38,7 +38,7 @@ def client(server: tuple[str, subprocess.Popen[bytes]]) -> Iterator[openai.OpenA
         yield client
 
 
-def test_openai_client_streams_reasoning_content_and_usage(client: openai.OpenAI) -> None:
+def test_openai_client_streams_reasoning_and_usage(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="pico", messages=SUM, stream=True, stream_options={"include_usage": True}
     )  # type: ignore[call-overload]
@@ -47,7 +47,7 @@ def test_openai_client_streams_reasoning_content_and_usage(client: openai.OpenAI
     for chunk in stream:
         usage = chunk.usage or usage
         for choice in chunk.choices:
-            thinking += getattr(choice.delta, "reasoning_content", None) or ""
+            thinking += getattr(choice.delta, "reasoning", None) or ""
             answer += choice.delta.content or ""
             reason = choice.finish_reason or reason
     assert thinking.startswith("5+7+0=12")

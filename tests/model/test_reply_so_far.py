@@ -9,10 +9,13 @@ from nanorun.model.chat import (
     TextDelta,
     ThinkingDelta,
     TokenLogprobs,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
+    arguments_text,
 )
-from nanorun.model.reply_so_far import ReplySoFar
+from nanorun.model.reply_so_far import BegunCall, ReplySoFar
 
 CALL = ToolCall("c1", "add", {"a": 1})
 
@@ -49,3 +52,22 @@ def test_thinking_ends_with_the_first_thing_said_or_with_the_reply() -> None:
     assert gathered(ThinkingDelta("hm"), Notice("slow")).is_thinking
     for after in (TextDelta("y"), ToolCallDelta(0, CALL), Finished("length")):
         assert not gathered(ThinkingDelta("hm"), after).is_thinking
+
+
+def test_call_is_there_while_it_is_written() -> None:
+    reply = gathered(ThinkingDelta("hm"), ToolCallBegun(0, "c1", "add"))
+    assert not reply.is_thinking
+    reply.take(ToolArguments(0, '{"a": '))
+    assert (reply.begun, reply.calls) == ([BegunCall("c1", "add", '{"a": ')], [])
+    reply.take(ToolArguments(0, "1}"))
+    reply.take(ToolCallDelta(0, CALL))
+    assert reply.begun == [BegunCall("c1", "add", arguments_text(CALL), is_complete=True)]
+    assert reply.tool_calls == [CALL]
+
+
+def test_call_that_could_not_be_read_completes_none_that_was_begun() -> None:
+    unread = ToolCallDelta(0, ToolCall("c0", "", {}), "not a tool call: x")
+    reply = gathered(unread, ToolCallBegun(0, "c1", "add"))
+    assert reply.begun == [BegunCall("c1", "add")]
+    reply = gathered(ToolCallBegun(0, "c1", "add"), unread)
+    assert not reply.begun[0].is_complete

@@ -232,7 +232,12 @@ def test_plan_that_does_not_exist_says_what_would_help() -> None:
     assert error.message.startswith("nano at n_ctx 1,048,576 needs 2")
     assert "but CPU has 19.0 GiB free" in error.message
     assert f"nanorun plan nano --n-ctx {longest}" in error.tries
-    assert "nanorun plan nano --n-ctx 1048576 --kv q8_0" in error.tries
+    # Smaller numbers in the KV cache are offered where they are enough, and only there.
+    assert not any("--kv" in line for line in error.tries)
+    with pytest.raises(MemoryPlanError) as caught:
+        plan_model([q4_0()], machine.restricted(ram=22 * GIB), wish)
+    assert "nanorun plan nano --n-ctx 1048576 --kv q8_0" in caught.value.tries
+    plan_model([q4_0()], machine.restricted(ram=22 * GIB), replace(wish, type_kv=GgmlType.Q8_0))
     serve = next(line for line in error.tries if "vllm serve" in line)
     assert serve.startswith("VLLM_ALLOW_LONG_MAX_MODEL_LEN=1 vllm serve nvidia/Nano ")
     assert "--max-model-len 1048576 --max-num-seqs 1 " in serve

@@ -66,12 +66,42 @@ async def test_pauses_are_marked_and_events_kept_in_order() -> None:
         yield 2
 
     seen = []
-    async for item in sse.with_pauses(numbers(), 0.05):
-        seen.append(item)
-        if item is None:
+    async for gathering in sse.gathered(numbers(), 0.05):
+        seen.append(gathering)
+        if not gathering:
             pause_seen.set()
-    assert [item for item in seen if item is not None] == [0, 1, 2]
-    assert None in seen[: seen.index(1)]
+    assert [number for gathering in seen for number in gathering] == [0, 1, 2]
+    assert seen[0] == [0] and seen[1] == []
+
+
+async def test_events_that_come_together_leave_together() -> None:
+    async def numbers() -> AsyncIterator[int]:
+        for number in range(3):
+            yield number
+        await asyncio.sleep(0)
+        yield 3
+
+    assert [gathering async for gathering in sse.gathered(numbers(), 60)] == [[0, 1, 2], [3]]
+
+
+async def test_who_takes_events_slowly_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "_MOST_GATHERED", 2)
+    n_made = 0
+
+    async def numbers() -> AsyncIterator[int]:
+        nonlocal n_made
+        for number in range(7):
+            n_made += 1
+            yield number
+
+    seen = []
+    async for gathering in sse.gathered(numbers(), 60):
+        assert n_made == len(seen) + len(gathering) <= len(seen) + 2
+        for _ in range(5):
+            await asyncio.sleep(0)  # the time of others
+        assert n_made <= len(seen) + len(gathering) + 2
+        seen += gathering
+    assert seen == list(range(7))
 
 
 async def test_pauses_end_with_the_error_of_the_events() -> None:
@@ -81,6 +111,23 @@ async def test_pauses_end_with_the_error_of_the_events() -> None:
 
     seen = []
     with pytest.raises(ZeroDivisionError):
-        async for item in sse.with_pauses(broken(), 1):
-            seen.append(item)
-    assert seen == [1]
+        async for gathering in sse.gathered(broken(), 1):
+            seen.append(gathering)
+    assert seen == [[1]]
+
+
+async def test_events_end_when_nobody_takes_them_any_more() -> None:
+    has_ended = False
+
+    async def numbers() -> AsyncIterator[int]:
+        nonlocal has_ended
+        try:
+            yield 0
+            await asyncio.Event().wait()
+        finally:
+            has_ended = True
+
+    gatherings = sse.gathered(numbers(), 60)
+    assert await anext(gatherings) == [0]
+    await gatherings.aclose()
+    assert has_ended

@@ -18,12 +18,17 @@ from nanorun.model.chat import (
     Message,
     ModelInfo,
     PrefillProgress,
+    Prompt,
+    RawPrompt,
     TextDelta,
     ThinkingDelta,
     Timings,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
     Usage,
+    arguments_text,
 )
 from nanorun.model.engine_options import EngineOptions
 from nanorun.plan.shape import ModelShape, shape_of_recipe
@@ -68,7 +73,10 @@ def reply(
     steps: list[Step] = [PrefillProgress(n_done=7, n_total=7, n_cached=cached_tokens)]
     steps += [ThinkingDelta(word) for word in thoughts]
     steps += [TextDelta(word) for word in words]
-    steps += [ToolCallDelta(index=i, call=call) for i, call in enumerate(tool_calls)]
+    for i, call in enumerate(tool_calls):
+        steps.append(ToolCallBegun(index=i, id=call.id, name=call.name))
+        steps += [ToolArguments(index=i, text=part) for part in _words(arguments_text(call))]
+        steps.append(ToolCallDelta(index=i, call=call))
     if delay_s:
         steps = [step for event in steps for step in (delay_s, event)]
     usage = Usage(
@@ -95,6 +103,8 @@ class FakeRequest:
     messages: tuple[Message, ...]
     options: GenerateOptions
     generation: FakeGeneration
+    raw: RawPrompt | None = None
+    """The prompt, if it was none of messages."""
 
 
 class FakeGeneration:
@@ -213,10 +223,12 @@ class FakeClient:
     async def close(self) -> None:
         self.n_closes += 1
 
-    def generate(self, messages: Sequence[Message], options: GenerateOptions) -> FakeGeneration:
+    def generate(self, prompt: Prompt, options: GenerateOptions) -> FakeGeneration:
+        raw = prompt if isinstance(prompt, RawPrompt) else None
+        messages = () if isinstance(prompt, RawPrompt) else tuple(prompt)
         script = self.scripts[min(len(self.requests), len(self.scripts) - 1)]
         generation = FakeGeneration(script)
-        self.requests.append(FakeRequest(tuple(messages), options, generation))
+        self.requests.append(FakeRequest(messages, options, generation, raw))
         return generation
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[int]:

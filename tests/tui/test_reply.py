@@ -10,7 +10,9 @@ from nanorun.model.chat import (
     TextDelta,
     ThinkingDelta,
     Timings,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
     Usage,
 )
@@ -107,6 +109,14 @@ def test_reply_becomes_a_message_with_its_thinking(reply: Reply) -> None:
     for event in (ThinkingDelta("hm"), TextDelta("yes"), ToolCallDelta(0, call)):
         reply.take(event)
     assert reply.message() == Message("assistant", "yes", thinking="hm", tool_calls=(call,))
+
+
+def test_arguments_of_a_call_are_progress_after_the_thinking(reply: Reply) -> None:
+    call = ToolCallBegun(0, "1", "write")
+    for event in (ThinkingDelta("hm"), call, ToolArguments(0, '{"text": "'), ToolArguments(0, "a")):
+        reply.take(event)
+    assert (reply.phase, reply.n_deltas) == (Phase.ANSWERING, 3)
+    assert not reply.has_answer
 
 
 def test_reply_of_nothing_but_white_space_has_no_answer(reply: Reply) -> None:

@@ -65,6 +65,9 @@ class OutputFiles:
         """Bytes of the current tensor still to come."""
         self._padding = 0
         self._crc, self._n_unsynced, self._synced_at = 0, 0, time.monotonic()
+        self._whole: Stretch | None = None
+        """What may be noted: all that is written since the last note but for a piece that was
+        interrupted, set at once, so that Ctrl-C finds file, checksum and counts in step."""
         self._n_data = 0
 
     def __enter__(self) -> Self:
@@ -120,6 +123,8 @@ class OutputFiles:
             self._n_data += data.nbytes
             if self._n_left == 0:
                 self._put(bytes(self._padding))
+            self._whole = self._stretch()
+            if self._n_left == 0:
                 self._next_slot()
             age = time.monotonic() - self._synced_at
             if self._n_unsynced >= SYNC_BYTES or age >= SYNC_SECONDS:
@@ -257,12 +262,16 @@ class OutputFiles:
             _write_all(stream, self.layouts[len(self._streams) - 1].header)
         self._i_file = i_file
 
+    def _stretch(self) -> Stretch:
+        end = self._streams[self._i_file].tell()
+        return Stretch(self._i_file, end, self._crc, self._n_data)
+
     def _note_stretch(self) -> None:
         """Sync what was written since the last time and note it in the journal."""
-        if self._n_unsynced:
-            stream = self._streams[self._i_file]
-            os.fsync(stream.fileno())
-            self.journal.add(Stretch(self._i_file, stream.tell(), self._crc, self._n_data))
+        if self._whole is not None:
+            os.fsync(self._streams[self._whole.i_file].fileno())
+            self.journal.add(self._whole)
+        self._whole = None
         self._crc, self._n_unsynced, self._synced_at = 0, 0, time.monotonic()
 
     def _put(self, data: bytes | memoryview) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
     from nanorun.server.settings import ServerSettings
 
 _NETWORK = "Network"
+
+
+class ThinkingField(StrEnum):
+    """Names of the thinking in chat completions."""
+
+    REASONING = "reasoning"
+    REASONING_CONTENT = "reasoning_content"
+    BOTH = "both"
+
+
+_THINKING_FIELDS = {
+    ThinkingField.REASONING: ("reasoning",),
+    ThinkingField.REASONING_CONTENT: ("reasoning_content",),
+    ThinkingField.BOTH: ("reasoning", "reasoning_content"),
+}
 
 
 def command(
@@ -59,6 +75,54 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    allow_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin",
+            metavar="ORIGIN",
+            help="Page of elsewhere that may ask (https://app.example, * for any); repeatable.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    allow_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host",
+            metavar="NAME",
+            help="Further name of this machine (host.docker.internal); repeatable.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    max_queued: Annotated[
+        int,
+        typer.Option(
+            "--max-queued",
+            metavar="N",
+            min=0,
+            help="Requests that may wait; further ones are sent away with 429.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = 512,
+    any_model: Annotated[
+        bool,
+        typer.Option(
+            "--any-model", help="Answer whatever model a request names.", rich_help_panel=_NETWORK
+        ),
+    ] = False,
+    ollama: Annotated[
+        bool,
+        typer.Option(
+            "--ollama/--no-ollama", help="Serve Ollama's routes, too.", rich_help_panel=_NETWORK
+        ),
+    ] = True,
+    thinking_field: Annotated[
+        ThinkingField,
+        typer.Option(
+            "--reasoning-field",
+            help="Name under which chat completions give the thinking.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = ThinkingField.REASONING,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
     n_parallel: Annotated[
@@ -86,10 +150,11 @@ def command(
     state: opt.StateOption = True,
     verbose: opt.VerboseOption = False,
 ) -> None:
-    """Answer over an OpenAI-style HTTP endpoint.
+    """Answer over HTTP, in the words of OpenAI, Anthropic and Ollama.
 
-    Serves /v1/chat/completions, /v1/models and /health. SIGTERM or Ctrl-C lets answers under way
-    finish; a second Ctrl-C does not.
+    Serves /v1/chat/completions, /v1/completions, /v1/models, /v1/messages, Ollama's /api/chat,
+    /api/generate, /api/tags, /api/show and /api/ps, and /health. SIGTERM or Ctrl-C lets answers
+    under way finish; a second Ctrl-C does not.
     """
     from nanorun.runtime.client import EngineClient
     from nanorun.server.listen import bind
@@ -100,6 +165,12 @@ def command(
         api_keys=tuple(api_keys or ()),
         n_parallel=n_parallel,
         think=Think.parse(think),
+        allowed_origins=tuple(allow_origins or ()),
+        allowed_hosts=tuple(allow_hosts or ()),
+        max_queued=max_queued,
+        any_model=any_model,
+        ollama=ollama,
+        thinking_fields=_THINKING_FIELDS[thinking_field],
     )
     check_keys(settings)
     show_logs(verbose=verbose)

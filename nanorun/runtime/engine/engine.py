@@ -15,12 +15,13 @@ from nanorun.errors import ContextFull, NanorunError
 from nanorun.model.chat import EngineStats, Event, Finished, FinishReason
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.drafting.choose import check_speculation, choose_drafter
-from nanorun.runtime.drafting.drafter import DraftRequest
-from nanorun.runtime.engine.admission import Admission
+from nanorun.runtime.engine.admission import MIN_SHARED_TOKENS, Admission
+from nanorun.runtime.engine.guessing import guess
 from nanorun.runtime.engine.request import Request
 from nanorun.runtime.engine.scheduler import last_in_turn, plan_rows, separate_guesses
 from nanorun.runtime.engine.sequence import Sequence
 from nanorun.runtime.engine.unsaved import Unsaved
+from nanorun.runtime.engine.waiting import Waiting, may_overtake
 from nanorun.runtime.llama.context import Aborted, CacheFull, Context
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.llama.penalties import build_penalties
@@ -72,7 +73,7 @@ class Engine:
         )
         self._new_reply = new_reply
         self._admission: Admission[Sequence] = Admission(self.tree)
-        self._waiting: list[Sequence] = []
+        self._waiting: Waiting[Sequence] = Waiting()
         self._running: list[Sequence] = []
         self._in_batch: list[Sequence] = []
         self._unsaved = Unsaved(self.tree)
@@ -115,7 +116,7 @@ class Engine:
         if request.reply is not None:
             self._stop_reading_ahead()
             reply = self._reply_to(request.reply, n_ctx - n_prompt)
-        self._waiting.append(Sequence(request, next(self._orders), reply))
+        self._waiting.add(Sequence(request, next(self._orders), reply))
 
     def _reply_to(self, settings: ReplySettings, n_most: int) -> Reply:
         penalties = build_penalties(settings.sampling, self.model.n_vocab, self.model.vocab)
@@ -131,7 +132,7 @@ class Engine:
 
     def cancel_all(self) -> None:
         """Ask all requests to end, as `cancel` does."""
-        self._cancel([*tuple(self._waiting), *tuple(self._running)])
+        self._cancel([*self._waiting, *tuple(self._running)])
 
     def _cancel(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -154,7 +155,7 @@ class Engine:
                 sequence.reply.set_budget(budget)
 
     def _find(self, request_id: str) -> list[Sequence]:
-        sequences = chain(tuple(self._waiting), tuple(self._running))
+        sequences = chain(self._waiting, tuple(self._running))
         return [sequence for sequence in sequences if sequence.request.id == request_id]
 
     def stats(self) -> EngineStats:
@@ -184,7 +185,8 @@ class Engine:
         """Do one round: drop cancelled requests, admit, evaluate one batch, pick tokens."""
         outputs = self._sweep_cancelled()
         outputs += self._admit()
-        self._draft()
+        if self.options.n_rs_seq:
+            guess(self.drafter, self._running, self.context.n_ctx, self.options.n_draft)
         plan, starved = self._fit(
             plan_rows(self._running, self.options.n_batch, self.options.n_ubatch)
         )
@@ -196,46 +198,33 @@ class Engine:
             outputs += self._evaluate(plan)
         return outputs
 
-    def _draft(self) -> None:
-        """Guess what replies will say next: what they must say, else what the drafter thinks."""
-        if not self.options.n_rs_seq:
-            return
-        requests = []
-        for sequence in self._running:
-            if sequence.reply is None or sequence.pending is None or sequence.in_prefill:
-                continue
-            request = self._draft_request(sequence, sequence.reply, sequence.pending)
-            sequence.drafts = sequence.reply.expected()[: request.n_most]
-            if not sequence.drafts:
-                requests.append((sequence, sequence.reply, request))
-        drafts = self.drafter.draft([request for _, _, request in requests])
-        for (sequence, reply, _), guess in zip(requests, drafts, strict=True):
-            sequence.drafts = reply.admitted(guess)
-
-    def _draft_request(self, sequence: Sequence, reply: Reply, pending: int) -> DraftRequest:
-        assert sequence.branch is not None
-        n_left = min(
-            self.context.n_ctx - sequence.n_evaluated - 2, reply.n_most - reply.n_tokens - 1
-        )
-        n_most = max(0, min(n_left, sequence.n_draft, self.options.n_draft))
-        return DraftRequest(sequence.branch.seq_id, sequence.branch.tokens, pending, n_most)
-
     def _sweep_cancelled(self) -> list[Output]:
         gone = [s for s in (*self._waiting, *self._running) if s.cancelled]
         return [output for sequence in gone for output in self._finish(sequence, "cancelled")]
 
     def _admit(self) -> list[Output]:
         outputs: list[Output] = []
-        for sequence in sorted(self._waiting, key=lambda sequence: sequence.turn):
+        if not self._waiting:
+            return outputs
+        blocked: Sequence | None = None
+        for sequence in self._waiting.head():
+            if blocked is not None and not may_overtake(sequence, blocked):
+                continue
             if self._waits_for_leader(sequence):
                 continue
             if not self._find_place(sequence):
-                break  # later ones must not overtake it for ever
-            branch = self.tree.acquire(self._admission.match(sequence))
+                if self._is_full:
+                    break
+                blocked = blocked or sequence
+                continue
+            match = self._admission.match(sequence)
+            branch = self.tree.acquire(match)
             if branch is None:
                 break
+            if blocked is not None:
+                blocked.n_overtaken += 1
             is_new = not sequence.started
-            self._start(sequence, branch)
+            self._start(sequence, branch, match.n_common)
             if is_new and not sequence.is_read_only:
                 outputs.append((sequence.request.id, sequence.progress()))
         return outputs
@@ -249,10 +238,14 @@ class Engine:
             self._suspend(victim)
         return True
 
+    @property
+    def _is_full(self) -> bool:
+        return len(self._running) >= self.options.n_parallel
+
     def _has_place(self, sequence: Sequence) -> bool:
         if not self._running:
             return True
-        if len(self._running) >= self.options.n_parallel:
+        if self._is_full:
             return False
         n_needed = self.tree.n_cells_needed(self._admission.match(sequence)) + _MIN_REPLY_CELLS
         n_promised = sum(other.n_to_read for other in self._running)
@@ -262,7 +255,7 @@ class Engine:
         """Take a sequence's branch away; it goes on when there is room again."""
         self._running.remove(sequence)
         self.tree.release(sequence.suspend())
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
 
     def _waits_for_leader(self, sequence: Sequence) -> bool:
         """Whether a running prefill will soon hold more of this prompt than anything else does."""
@@ -275,11 +268,19 @@ class Engine:
         leader.pauses.add(n_shared)
         return True
 
-    def _start(self, sequence: Sequence, branch: Branch) -> None:
+    def _start(self, sequence: Sequence, branch: Branch, n_common: int) -> None:
         self._admission.forget(sequence)
         self._waiting.remove(sequence)
         self._running.append(sequence)
         sequence.start(branch)
+        if sequence.n_prefix <= branch.n_tokens:
+            self._keep_prefix(branch, sequence.n_prefix)
+        if n_common - branch.n_tokens >= MIN_SHARED_TOKENS:
+            sequence.pauses.add(n_common)  # where prompts part, the next one will part as well
+
+    def _keep_prefix(self, branch: Branch, n_tokens: int) -> None:
+        if n_tokens >= _MIN_SAVED_TOKENS:
+            self.tree.keep_prefix(branch, n_tokens)
 
     def _fit(self, plan: Plan) -> tuple[Plan, list[Sequence]]:
         """Make room for a batch: who came last is suspended; who is alone has used it all up."""
@@ -356,6 +357,8 @@ class Engine:
             sequence.pauses.discard(sequence.n_evaluated)
             assert sequence.branch is not None
             self.tree.checkpoint(sequence.branch)
+            if sequence.n_evaluated == sequence.n_prefix:
+                self._keep_prefix(sequence.branch, sequence.n_prefix)
         if sequence.is_read_only and not sequence.in_prefill:
             self._leave(sequence, keep=True)
         return outputs

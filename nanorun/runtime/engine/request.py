@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from nanorun.chat.markup import THINK
-from nanorun.chat.prompt import RenderedPrompt
-from nanorun.errors import ModelError, UsageError
-from nanorun.model.chat import GenerateOptions, Message
+from nanorun.errors import UsageError
+from nanorun.model.chat import GenerateOptions, Message, Prompt
+from nanorun.runtime.engine.prompts import (
+    Check,
+    MadePrompt,
+    make_prompt,
+    n_before_question,
+    render,
+    tokenize_prompt,
+)
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.prompt_state.prefixes import Tokens
 from nanorun.runtime.reply.constraint import Form
-from nanorun.runtime.reply.dial import template_effort
 from nanorun.runtime.reply.reply import ReplySettings
 from nanorun.runtime.sampling.settings import settle_sampling
-
-Check = Callable[[], None]
-"""Called now and then by work that takes long; raises if nobody waits for it any more."""
-
-SHORT_CHARS = 2**14
-"""Text of this length is tokenized in some milliseconds, less than a batch takes."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -38,20 +34,17 @@ class Request:
     """Token positions where another prompt may diverge: end of the system part, start of turns."""
     reply: ReplySettings | None
     """How to answer; None to read the prompt only, in idle time, for the sake of the next turn."""
+    n_prefix: int = 0
+    """Tokens before the first question, one of the boundaries: the system part and tools, and what
+    a client says in turns of the user before it. Other conversations begin with them as well."""
     background: bool = False
     """Give way to requests that somebody waits for."""
-
-
-def is_short(messages: Sequence[Message]) -> bool:
-    """Whether a prompt without tools is made in some milliseconds at most."""
-    n_chars = sum(len(m.content) + len(m.thinking or "") for m in messages)
-    return n_chars + sum(len(str(m.tool_calls)) for m in messages if m.tool_calls) <= SHORT_CHARS
 
 
 def prepare_request(
     request_id: str,
     model: LoadedModel,
-    messages: Sequence[Message],
+    prompt: Prompt,
     options: GenerateOptions,
     form: Form | None = None,
     check: Check = lambda: None,
@@ -61,52 +54,48 @@ def prepare_request(
     Args:
         request_id: Its name.
         model: The model.
-        messages: The conversation.
+        prompt: The conversation, or a raw prompt.
         options: How to answer.
         form: What `forms.compile_form` made of the options.
         check: Called now and then; what it raises ends the work.
 
     Raises:
-        UsageError: If the options or messages make no sense.
+        UsageError: If the options, messages or tokens make no sense.
         ModelError: If the model's template makes nothing of the messages.
     """
-    if not messages:
-        raise UsageError("there are no messages to answer")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UsageError(f"max_tokens {options.max_tokens} is less than 1")
-    rendered = _render(model, messages, options)
-    prompt, boundaries = tokenize_prompt(model, rendered, check)
-    if not len(prompt):  # nothing to read is nothing to go on from: the engine would wait for it
-        raise ModelError(
-            f"the chat template of {model.path.name} makes no prompt of these messages"
-        )
-    thinks = not options.think.is_off and rendered.text.rstrip("\n").endswith(THINK)
+    made = make_prompt(model, prompt, options, check)
     return Request(
-        request_id, prompt, boundaries,
-        reply=_settle(model, options, form, thinks=thinks),
+        request_id,
+        made.tokens,
+        made.boundaries,
+        reply=_settle(model, options, form, made),
+        n_prefix=made.n_prefix,
         background=options.priority == "background",
-    )  # fmt: skip
+    )
 
 
 def _settle(
-    model: LoadedModel, options: GenerateOptions, form: Form | None, *, thinks: bool
+    model: LoadedModel, options: GenerateOptions, form: Form | None, prompt: MadePrompt
 ) -> ReplySettings:
     if options.grammar is not None and not options.tools:
         # A call would end the thinking and could not be part of the answer.
         no_call = (model.call_tokens[0], -math.inf)
         options = replace(options, logit_bias=(*options.logit_bias, no_call))
     sampling = settle_sampling(
-        options, thinking=thinks, n_vocab=model.n_vocab, defaults=model.sampling_defaults
+        options, thinking=prompt.thinks, n_vocab=model.n_vocab, defaults=model.sampling_defaults
     )
     return ReplySettings(
         sampling,
-        thinks=thinks,
+        thinks=prompt.thinks,
         budget=options.think.budget,
         max_tokens=options.max_tokens,
         ignore_eos=options.ignore_eos,
         tools=options.tools,
         stop=options.stop,
         form=form,
+        plain=prompt.plain,
     )
 
 
@@ -126,7 +115,7 @@ def prepare_reading(
     its thinking, so it is to be given as the next turn will have it.
     """
     following = [*messages, reply, Message("user", "?")]
-    rendered = _render(model, following, options)
+    rendered = render(model, following, options)
     prompt, boundaries = tokenize_prompt(model, rendered, check)
     i_next = len(messages) + 1
     ends = [
@@ -137,31 +126,10 @@ def prepare_reading(
     if not ends:
         return None
     end = ends[0]
-    return Request(request_id, prompt[:end], tuple(p for p in boundaries if p <= end), reply=None)
-
-
-def _render(
-    model: LoadedModel, messages: Sequence[Message], options: GenerateOptions
-) -> RenderedPrompt:
-    return model.template.render(
-        messages,
-        tools=options.tools,
-        enable_thinking=not options.think.is_off,
-        truncate_history_thinking=not options.keep_thinking,
-        extra=template_effort(options.think, model.template.source),
+    return Request(
+        request_id,
+        prompt[:end],
+        tuple(p for p in boundaries if p <= end),
+        reply=None,
+        n_prefix=n_before_question(following, rendered, boundaries),
     )
-
-
-def tokenize_prompt(
-    model: LoadedModel, rendered: RenderedPrompt, check: Check = lambda: None
-) -> tuple[Tokens, tuple[int, ...]]:
-    """Tokens of a prompt, shape `(n_prompt,)`, and the token positions of its boundaries."""
-    tokens = array("i")
-    positions: list[int] = []
-    for stretch in rendered.stretches():
-        for segment in stretch:
-            for part in model.tokenizer.parts(segment.text):
-                check()
-                tokens.extend(model.tokenize_again(part, segment.special))
-        positions.append(len(tokens))
-    return np.array(tokens, np.int32), tuple(positions[:-1])

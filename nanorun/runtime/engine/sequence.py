@@ -27,6 +27,8 @@ class Sequence:
     """When it came, among all."""
     reply: Reply | None = None
     """What is said after the prompt; None if the prompt is only read."""
+    turn: Turn = field(init=False)
+    """Who is answered comes before who is in the background, and reading ahead comes last."""
     prompt: Tokens = field(init=False)
     """What has to be read before a token can be picked: the request's prompt or, after a
     suspension, all of the sequence."""
@@ -41,6 +43,10 @@ class Sequence:
     """Tokens to guess next time."""
     n_drafted: int = 0
     n_accepted: int = 0
+    n_overtaken: int = 0
+    """Later requests that were admitted while there was no room for this one."""
+    n_prefix: int = 0
+    """Tokens that other conversations begin with as well."""
     cancelled: bool = False
     n_cached: int = 0
     cached_from: Place | None = None
@@ -50,11 +56,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt = self.request.prompt
-
-    @property
-    def turn(self) -> Turn:
-        """Who is answered comes before who is in the background, and reading ahead comes last."""
-        return (self.is_read_only, self.request.background, self.order)
+        self.turn = (self.is_read_only, self.request.background, self.order)
+        self.n_prefix = self.request.n_prefix
 
     @property
     def is_read_only(self) -> bool:
@@ -74,16 +77,24 @@ class Sequence:
     @property
     def in_prefill(self) -> bool:
         """Whether there are any."""
-        return self.n_to_read > 0
+        branch = self.branch  # asked several times a token
+        return len(self.prompt) > (len(branch.tokens) if branch is not None else 0)
 
     def start(self, branch: Branch) -> None:
         """Begin, or go on after a suspension, in a branch that holds some of the tokens."""
         self.branch = branch
         self.pauses |= {p for p in self.request.boundaries if p > branch.n_tokens}
         if not self.started:
+            self._note_prefix(branch.n_tokens)
             self.started = time.monotonic()
             self.n_cached = branch.n_cached
             self.cached_from = branch.cached_from if branch.n_cached else None
+
+    def _note_prefix(self, n_begun_with: int) -> None:
+        """What was read up to amid its first question was read for another conversation."""
+        after = [p for p in self.request.boundaries if p > self.n_prefix]
+        if after and self.n_prefix < n_begun_with < after[0]:
+            self.n_prefix = n_begun_with
 
     def suspend(self) -> Branch:
         """Give the branch back; `start` goes on where this left off."""

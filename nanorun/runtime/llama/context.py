@@ -88,6 +88,10 @@ class Context:
         self.n_ctx: int = self._llama.llama_n_ctx(self.handle)
         self.n_embd: int = self._llama.llama_model_n_embd(model.handle)
         self._batch = _Batch(self._llama, options.n_batch, self.n_embd if head_of else 0)
+        self._logits_address = _logits_address(self._llama)
+        self._logits_views: dict[tuple[int, int], NDArray[np.float32]] = {}
+        """By address and rows: making a view takes longer than finding a token in it, and llama.cpp
+        puts its outputs into the same few places again and again."""
 
     def close(self) -> None:
         """Free the context."""
@@ -146,13 +150,24 @@ class Context:
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """Logits `(n_vocab,)` of one output of the last decode; a view until the next decode."""
-        pointer = self._llama.llama_get_logits_ith(self.handle, index)
-        return np.ctypeslib.as_array(pointer, shape=(self.model.n_vocab,))
+        logits: NDArray[np.float32] = self.logits_of(index, 1)[0]
+        return logits
 
     def logits_of(self, index: int, n_rows: int) -> NDArray[np.float32]:
-        """Logits `(n_rows, n_vocab)` of outputs that follow each other; a view, as above."""
-        pointer = self._llama.llama_get_logits_ith(self.handle, index)
-        return np.ctypeslib.as_array(pointer, shape=(n_rows, self.model.n_vocab))
+        """Logits `(n_rows, n_vocab)` of outputs that follow each other; a view, as above.
+
+        Raises:
+            EngineError: If the last decode has no logits there.
+        """
+        address = self._logits_address(self.handle, index)
+        if address is None:
+            raise EngineError(f"the last batch has no logits at {index}")
+        view: NDArray[np.float32] | None = self._logits_views.get((address, n_rows))
+        if view is None:
+            pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+            shape = n_rows, self.model.n_vocab
+            view = self._logits_views[address, n_rows] = np.ctypeslib.as_array(pointer, shape=shape)
+        return view
 
     def keep_hidden_states(self, *, only_outputs: bool = False) -> None:
         """Keep the hidden states that an MTP head needs, of all tokens or those with logits."""
@@ -271,25 +286,38 @@ def _abort_hook(llama: Any, flag: ctypes.Array[ctypes.c_char]) -> tuple[object, 
     return callback, ctypes.cast(flag, ctypes.c_void_p)
 
 
+def _logits_address(llama: Any) -> Any:
+    """`llama_get_logits_ith` giving the address as a number (None for NULL), not a pointer object.
+
+    The library is asked for the function by name, which makes one of our own: the types of the one
+    that llama_cpp has set up stay as they are.
+    """
+    function = llama._lib["llama_get_logits_ith"]
+    function.argtypes = [llama.llama_context_p_ctypes, ctypes.c_int32]
+    function.restype = ctypes.c_void_p
+    return function
+
+
 class _Batch:
-    """A `llama_batch` over numpy memory, filled without a Python loop over tokens."""
+    """A `llama_batch`, filled without a Python loop over tokens.
+
+    Most rows add one token; ctypes arrays take it in a third of the time that numpy's take.
+    """
 
     def __init__(self, llama: object, n_max: int, n_embd: int) -> None:
-        self.tokens = np.zeros(n_max, np.int32)
-        self.positions = np.zeros(n_max, np.int32)
-        self.n_seq_ids = np.ones(n_max, np.int32)
-        self.seq_ids = np.zeros(n_max, np.int32)
-        self.seq_id_pointers = (
-            np.arange(n_max, dtype=np.uint64) * 4 + np.uint64(self.seq_ids.ctypes.data)
-        ).astype(np.uint64)
-        self.outputs = np.zeros(n_max, np.int8)
+        int32s = ctypes.c_int32 * n_max
+        self.tokens, self.positions, self.seq_ids = int32s(), int32s(), int32s()
+        self.n_seq_ids = int32s(*[1] * n_max)
+        first = ctypes.addressof(self.seq_ids)
+        self.seq_id_pointers = (ctypes.c_size_t * n_max)(*range(first, first + 4 * n_max, 4))
+        self.outputs = (ctypes.c_int8 * n_max)()
         self.struct = llama.llama_batch()  # type: ignore[attr-defined]
         for field, array in (
             ("token", self.tokens), ("pos", self.positions), ("n_seq_id", self.n_seq_ids),
             ("seq_id", self.seq_id_pointers), ("logits", self.outputs),
         ):  # fmt: skip
             kind = dict(type(self.struct)._fields_)[field]
-            setattr(self.struct, field, ctypes.cast(array.ctypes.data, kind))
+            setattr(self.struct, field, ctypes.cast(array, kind))
 
         self.hidden = np.zeros((n_max, n_embd), np.float32)
         if n_embd:
@@ -300,27 +328,23 @@ class _Batch:
         """Lay the rows out one after the other; see `Context.decode` for what is returned."""
         if hidden is not None:
             self.hidden[: len(hidden)] = hidden
-        n = 0
+        start = 0
         outputs: list[int | None] = []
         for row in rows:
-            end = n + len(row.tokens)
-            self.tokens[n:end] = row.tokens
-            self.positions[n:end] = np.arange(row.pos, row.pos + len(row.tokens))
-            self.seq_ids[n:end] = row.seq_id
-            first = self._mark_outputs(row, n, end)
-            outputs.append(first)
-            n = end
-        self.struct.n_tokens = n
+            n_tokens = len(row.tokens)
+            end = start + n_tokens
+            self.tokens[start:end] = [*row.tokens]
+            self.positions[start:end] = list(range(row.pos, row.pos + n_tokens))
+            self.seq_ids[start:end] = [row.seq_id] * n_tokens
+            first = self._first_output(row, start, end)
+            self.outputs[start:end] = [i >= first for i in range(start, end)]
+            outputs.append(first if first < end else None)
+            start = end
+        self.struct.n_tokens = start
         return outputs
 
-    def _mark_outputs(self, row: Row, start: int, end: int) -> int | None:
-        """Ask for logits; the index of the first of them."""
+    def _first_output(self, row: Row, start: int, end: int) -> int:
+        """Where the logits begin that a row asks for; `end` if it asks for none."""
         if row.all_logits:
-            first = start
-        elif row.wants_logits:
-            first = end - 1 - row.n_drafts
-        else:
-            first = end
-        self.outputs[start:first] = 0
-        self.outputs[first:end] = 1
-        return first if first < end else None
+            return start
+        return end - 1 - row.n_drafts if row.wants_logits else end

@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from nanorun.chat.markup import CALL, END_CALL, END_TEXT, END_THINK, END_TURN
+from nanorun.chat.markup import BEGIN_TURN, CALL, END_CALL, END_TEXT, END_THINK, END_TURN
 from nanorun.chat.template import ChatTemplate
 from nanorun.errors import ModelError
 from nanorun.model.arch import HybridArch
@@ -208,6 +208,11 @@ class LoadedModel:
         if len(found) != 2:
             raise ModelError(f"{self.path.name} has no tokens for tool calls")
         return found[0], found[1]
+
+    @cached_property
+    def turn_token(self) -> int | None:
+        """Id of `<|im_start|>`; None if the vocabulary has no such token."""
+        return next(iter(self._single_token(BEGIN_TURN)), None)
 
     @cached_property
     def grammars(self) -> GrammarCompiler:

@@ -33,6 +33,8 @@ from nanorun.runtime.process.oom import KillCounter, died_of_memory
 
 _N_STDERR_LINES = 40
 _MOST_LINE_BYTES = 2000
+# The answers to several requests of one batch, and more, come in one read.
+_READ_BYTES = 2**16
 # A long conversation's state is written at the end; that takes seconds on a slow disk.
 _CLOSE_TIMEOUT_S = 15.0
 # The child's reader thread answers even while a batch is evaluated or a model loaded.
@@ -169,21 +171,23 @@ class Child:
 
     async def _read_frames(self) -> None:
         assert self._process is not None and self._process.stdout is not None
-        stream = self._process.stdout
+        frames = wire.FrameCutter()
         try:
-            while True:
-                header = await stream.readexactly(wire.HEADER_BYTES)
-                answer = ANSWERS.decode(await stream.readexactly(wire.frame_bytes(header)))
-                self._n_heard += 1
-                if isinstance(answer, Pong):
-                    self._check_progress(answer.n_steps)
-                elif (inbox := self._inboxes.get(answer.id)) is not None:
-                    inbox.put_nowait(answer)
-        except (asyncio.IncompleteReadError, ConnectionError):
+            while data := await self._process.stdout.read(_READ_BYTES):
+                for body in frames.feed(data):
+                    self._take(ANSWERS.decode(body))
+        except ConnectionError:
             pass
         except EngineError:
             self._kill("wrote what is not a frame")
         await self._mourn()
+
+    def _take(self, answer: Answer) -> None:
+        self._n_heard += 1
+        if isinstance(answer, Pong):
+            self._check_progress(answer.n_steps)
+        elif (inbox := self._inboxes.get(answer.id)) is not None:
+            inbox.put_nowait(answer)
 
     async def _watch(self) -> None:
         """Ask for a sign of life now and then; a process that gives none is ended.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanorun.errors import NanorunError
-from nanorun.model.chat import EngineStats, Event, GenerateOptions, Message, ModelInfo
+from nanorun.model.chat import EngineStats, Event, GenerateOptions, Message, ModelInfo, RawPrompt
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.process.wire import Codec
 
@@ -40,10 +40,10 @@ class Close:
 
 @dataclass(frozen=True, slots=True)
 class Generate:
-    """Answer a conversation; answered by `Said` until a `Finished` is said."""
+    """Answer a conversation or a raw prompt; answered by `Said` until a `Finished` is said."""
 
     id: str
-    messages: tuple[Message, ...]
+    prompt: tuple[Message, ...] | RawPrompt
     options: GenerateOptions
 
 

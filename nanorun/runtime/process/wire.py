@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -37,6 +37,7 @@ Convert = Callable[[Any], Any]
 T = TypeVar("T")
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_from_json = json.JSONDecoder().decode
 
 
 class MalformedFrame(EngineError):
@@ -111,7 +112,8 @@ class Codec(Generic[T]):
         """
         payload = None
         try:
-            payload = json.loads(body)
+            # `json.loads` of bytes would first guess their encoding.
+            payload = _from_json(body.decode("utf-8", "surrogatepass"))
             frame: T = self._decode(payload)
         except (ValueError, RecursionError) as error:
             raise MalformedFrame(str(error), _id_in(payload)) from error
@@ -124,7 +126,7 @@ def _id_in(payload: Any) -> str:
     return payload[1] if has_id else ""
 
 
-def frame_bytes(header: bytes) -> int:
+def frame_bytes(header: bytes | bytearray) -> int:
     """Bytes that follow a header.
 
     Raises:
@@ -144,6 +146,31 @@ def read(stream: BinaryIO) -> bytes | None:
     n_bytes = frame_bytes(header)
     body = stream.read(n_bytes)
     return body if len(body) == n_bytes else None
+
+
+class FrameCutter:
+    """Cuts what arrives in pieces of any size into frames."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The bodies of the frames that are complete with this piece.
+
+        Raises:
+            EngineError: If a length is absurd, after the frames before it.
+        """
+        self._rest += data
+        start = 0
+        try:
+            while (header_end := start + HEADER_BYTES) <= len(self._rest):
+                end = header_end + frame_bytes(self._rest[start:header_end])
+                if end > len(self._rest):
+                    break
+                start, body = end, bytes(self._rest[header_end:end])
+                yield body
+        finally:
+            del self._rest[:start]
 
 
 # -- values, by the types of fields ---------------------------------------------------------------
@@ -198,13 +225,19 @@ def _union_encoder(kinds: list[Any]) -> Convert:
     if len(kinds) == 1:
         one = _encoder(kinds[0])
         return lambda value: None if value is None else one(value)
-    encoders = {kind: _encoder(kind) for kind in kinds}
+    encoders = {_class_of(kind): _encoder(kind) for kind in kinds}
 
     def encode_tagged(value: Any) -> Any:
         kind = type(value)
         return [kind.__name__, *encoders[kind](value)]
 
     return encode_tagged
+
+
+def _class_of(hint: Any) -> type:
+    """The class of the values of a type: `tuple` of `tuple[Message, ...]`."""
+    kind: type = get_origin(hint) or hint
+    return kind
 
 
 @cache
@@ -287,7 +320,7 @@ def _union_decoder(args: tuple[Any, ...]) -> Convert:
         return lambda value: None if value is None else one(value)
     if all(map(_is_plain, args)):
         return _checked(lambda value: type(value) in args, " or ".join(a.__name__ for a in args))
-    decoders = {kind.__name__: _decoder(kind) for kind in kinds}
+    decoders = {_class_of(kind).__name__: _decoder(kind) for kind in kinds}
 
     def decode_tagged(values: Any) -> Any:
         name = values[0] if type(values) is list and values else None

@@ -30,6 +30,9 @@ class Store(Protocol):
     def forget(self, entry: ArchivedState) -> None:
         """Remove a sequence."""
 
+    def touch_prefix(self, tokens: Tokens) -> None:
+        """Note that a prefix was used, if it is held."""
+
 
 class Archive:
     """Sequences that left the device: in host memory as long as there is room, and in the store.
@@ -61,6 +64,12 @@ class Archive:
         """All it holds, the quickest to be had first."""
         stored = self._store.index.entries if self._store is not None else ()
         return (*self._index.entries, *stored)
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Another one whenever something else may be found."""
+        stored = (self._store.index.version,) if self._store is not None else ()
+        return (self._index.version, *stored)
 
     def longest(
         self, tokens: Tokens, hashes: NDArray[np.uint64], n_most: int
@@ -155,6 +164,11 @@ class Archive:
         self._index.discard(state)
         if state.place == "disk" and self._store is not None:
             self._store.forget(state)
+
+    def touch_prefix(self, tokens: Tokens) -> None:
+        """Note that a prefix was used, wherever it was had from."""
+        if self._store is not None:
+            self._store.touch_prefix(tokens)
 
     def wants(self, state: ArchivedState) -> bool:
         """Whether it would be worth a place: nothing held makes it useless."""

@@ -19,6 +19,8 @@ class ArchivedState:
     checkpoint_positions: frozenset[int] = frozenset()
     path: Path | None = None
     """Its file, where it is on disk."""
+    is_prefix: bool = False
+    """Whether it is kept because many conversations begin with it."""
 
     @property
     def n_tokens(self) -> int:
@@ -31,10 +33,14 @@ class ArchivedState:
         return self.checkpoint_positions | {self.n_tokens}
 
     def makes_useless(self, other: ArchivedState) -> bool:
-        """Whether every prompt that could start from `other` can start from here as well."""
+        """Whether every prompt that could start from `other` can start from here as well.
+
+        And will be able to as long: a conversation goes before a prefix does.
+        """
         n = other.n_tokens
         return (
-            self.n_tokens >= n
+            (self.is_prefix or not other.is_prefix)
+            and self.n_tokens >= n
             and other.places <= self.places
             and n_common(self.tokens, other.tokens) == n
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from nanorun.errors import EngineError
 from nanorun.runtime.prompt_state.archive import Archive
-from nanorun.runtime.prompt_state.archived_state import ArchivedState
+from nanorun.runtime.prompt_state.archived_state import ArchivedState, StatePayload
 from nanorun.runtime.prompt_state.branch import Branch
+from nanorun.runtime.prompt_state.prefixes import Tokens
 from nanorun.runtime.prompt_state.sequences import DeviceSequences
 
 
@@ -69,6 +72,21 @@ class Eviction:
         state = _describe(branch)
         if self._archive.is_to_write(state):
             self._archive.save(state, self._sequences.payload(branch))
+
+    def save_prefix(self, branch: Branch) -> None:
+        """Write a sequence that other conversations begin with to the store, before all others."""
+        n_tokens = branch.n_tokens
+        inner = {p: state for p, state in branch.checkpoints.items() if p < n_tokens}
+        state = replace(_describe(branch), checkpoint_positions=frozenset(inner), is_prefix=True)
+        if self._archive.is_to_write(state):
+            payload = self._sequences.payload(branch)
+            self._archive.save(state, StatePayload(payload.full, inner))
+        else:
+            self._archive.touch_prefix(state.tokens)
+
+    def touch_prefix(self, tokens: Tokens) -> None:
+        """Note that a saved prefix was used, wherever it was had from."""
+        self._archive.touch_prefix(tokens)
 
     def recall(self, saved: ArchivedState, n_tokens: int) -> Branch | None:
         """Bring the first `n_tokens` of an archived sequence back, as a busy sequence.

@@ -23,6 +23,8 @@ class PlaceIndex:
         self._numbers: dict[ArchivedState, int] = {}
         self._entries: dict[int, ArchivedState] = {}
         self._next = 0
+        self.version = 0
+        """Goes up with each change."""
         # One row a place, shape (n_places,) each.
         self._positions = np.empty(0, np.int64)
         self._hashes = np.empty(0, np.uint64)
@@ -42,6 +44,7 @@ class PlaceIndex:
         with self._lock:
             if entry in self._numbers:
                 return
+            self.version += 1
             number, self._next = self._next, self._next + 1
             self._numbers[entry], self._entries[number] = number, entry
             self._positions = np.concatenate((self._positions, positions))
@@ -54,6 +57,7 @@ class PlaceIndex:
             number = self._numbers.pop(entry, None)
             if number is None:
                 return
+            self.version += 1
             del self._entries[number]
             stays = self._owners != number
             self._positions = self._positions[stays]

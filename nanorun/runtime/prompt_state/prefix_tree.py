@@ -14,16 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nanorun.runtime.prompt_state.archive import Archive
 from nanorun.runtime.prompt_state.archived_state import ArchivedState
-from nanorun.runtime.prompt_state.branch import Branch, Match
+from nanorun.runtime.prompt_state.branch import ArchivedPlace, Branch, Match
 from nanorun.runtime.prompt_state.eviction import Eviction
 from nanorun.runtime.prompt_state.memory import SequenceMemory
-from nanorun.runtime.prompt_state.prefixes import Tokens, prefix_hashes
+from nanorun.runtime.prompt_state.prefixes import Tokens, n_common, prefix_hashes
 from nanorun.runtime.prompt_state.sequences import DeviceSequences
 
 
@@ -69,25 +69,43 @@ class PrefixTree:
                 nothing changed but the ends of running sequences, so that asking in every step
                 costs nothing.
         """
-        is_same = known is not None and known.prompt is prompt
-        if known is not None and is_same and known.version == self._sequences.version:
+        if known is not None and known.prompt is not prompt:
+            known = None
+        if known is not None and known.version == self._sequences.version:
             return known
-        hashes = known.hashes if known is not None and is_same else prefix_hashes(prompt)
-        on_device = self._match_on_device(prompt, hashes)
-        archived = self._archive.longest(prompt, hashes, len(prompt) - 1)
-        if archived is None or archived[1] <= on_device.n_tokens:
+        if known is None:
+            hashes = prefix_hashes(prompt)
+            known = Match(prompt, hashes, -1, 0, None, {}, ArchivedPlace(()))
+        found = replace(known, archived=self._find_archived(known))
+        on_device = self._match_on_device(found)
+        if found.archived.n_tokens <= on_device.n_tokens:
             return on_device
-        return replace(on_device, holder=archived[0], n_tokens=archived[1])
+        return replace(on_device, holder=found.archived.entry, n_tokens=found.archived.n_tokens)
 
-    def _match_on_device(self, prompt: Tokens, hashes: NDArray[np.uint64]) -> Match:
+    def _find_archived(self, known: Match) -> ArchivedPlace:
+        version = self._archive.version
+        if known.archived.version == version:
+            return known.archived
+        prompt = known.prompt
+        found = self._archive.longest(prompt, known.hashes, len(prompt) - 1)
+        if found is None:
+            return ArchivedPlace(version)
+        entry, n_tokens = found
+        return ArchivedPlace(version, entry, n_tokens, n_common(entry.tokens, prompt))
+
+    def _match_on_device(self, known: Match) -> Match:
+        """A match on the device; what was known of the prompt is brought up to date."""
+        prompt, shared = known.prompt, {}
         best, n_best = None, 0
         for branch in self.branches:
-            n_tokens = branch.farthest_place(prompt)
+            shared[branch] = branch.compare(prompt, known.shared.get(branch))
+            n_tokens = branch.farthest_place(min(shared[branch].n_common, len(prompt) - 1))
             # To go on at a sequence's end is cheaper than to start from a checkpoint of another.
             is_end = best is not None and branch.n_tokens == n_tokens == n_best < best.n_tokens
             if n_tokens > n_best or is_end:
                 best, n_best = branch, n_tokens
-        return Match(prompt, hashes, self._sequences.version, n_best, best)
+        version = self._sequences.version
+        return replace(known, version=version, n_tokens=n_best, holder=best, shared=shared)
 
     def acquire(self, match: Match) -> Branch | None:
         """A busy sequence that begins with what was matched.
@@ -116,7 +134,7 @@ class PrefixTree:
     def _start(self, match: Match) -> Branch | None:
         while isinstance(saved := match.holder, ArchivedState):
             if saved.n_tokens > self.n_cells_obtainable():
-                match = self._match_on_device(match.prompt, match.hashes)
+                match = self._match_on_device(match)
             elif not self._sequences.can_begin:
                 return None
             elif branch := self._eviction.recall(saved, match.n_tokens):
@@ -165,10 +183,33 @@ class PrefixTree:
         branch.checkpoints[position] = state
         self._trim_checkpoints()
 
+    def keep_prefix(self, branch: Branch, n_tokens: int) -> None:
+        """Keep what a branch and other conversations begin with, longer than all else.
+
+        A branch that ends there is written to the store; of one that goes on it is noted that the
+        prefix was used.
+
+        Args:
+            branch: A busy branch.
+            n_tokens: Length of the prefix.
+        """
+        branch.n_prefix = n_tokens
+        if branch.n_tokens == n_tokens:
+            self.checkpoint(branch)
+            self._eviction.save_prefix(branch)
+        else:
+            self._eviction.touch_prefix(np.frombuffer(branch.tokens, np.int32)[:n_tokens])
+
     def _trim_checkpoints(self) -> None:
+        """Drop checkpoints beyond the budget: the least recently used, those of prefixes last."""
         while self.checkpoint_bytes > self._checkpoint_budget:
-            oldest = min((b for b in self.branches if b.checkpoints), key=lambda b: b.last_used)
-            del oldest.checkpoints[min(oldest.checkpoints)]
+            places = [
+                (position == branch.n_prefix, branch.last_used, position, branch)
+                for branch in self.branches
+                for position in branch.checkpoints
+            ]
+            *_, position, branch = min(places, key=itemgetter(0, 1, 2))
+            del branch.checkpoints[position]
 
     def cut_to_checkpoint(self, branch: Branch) -> bool:
         """Shorten a busy branch, whose evaluation was broken off, to its last saved state.

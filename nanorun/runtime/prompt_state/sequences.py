@@ -9,8 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from nanorun.runtime.prompt_state.archived_state import ArchivedState, StatePayload
 from nanorun.runtime.prompt_state.branch import Branch
 from nanorun.runtime.prompt_state.memory import SequenceMemory
@@ -91,7 +89,7 @@ class DeviceSequences:
 
     def grow(self, branch: Branch, tokens: Sequence[int]) -> None:
         """Note tokens that were evaluated at a sequence's end."""
-        branch.tokens.frombytes(np.asarray(tokens, np.int32).tobytes())
+        branch.tokens.extend(tokens)
         branch.node = self._spans.grow(branch.node, len(tokens))
         self.touch(branch)
 
@@ -102,6 +100,7 @@ class DeviceSequences:
         branch.node = self._spans.move(branch.node, self._spans.split(branch.node, n_tokens))
         branch.tokens = branch.tokens[:n_tokens]
         branch.checkpoints = _up_to(n_tokens, branch.checkpoints)
+        branch.n_cuts += 1
         branch.settled = True
 
     def settle(self, branch: Branch) -> None:

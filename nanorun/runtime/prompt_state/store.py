@@ -17,7 +17,7 @@ import os
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -31,13 +31,21 @@ from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.prompt_state.archived_state import ArchivedState, StatePayload
 from nanorun.runtime.prompt_state.place_index import PlaceIndex
+from nanorun.runtime.prompt_state.prefixes import Tokens
 
 log = logging.getLogger(__name__)
 
 MAGIC = b"NRSTATE\x01"
 SUFFIX = ".nrstate"
+PREFIX_SUFFIX = ".prefix" + SUFFIX
+# Of the budget, the part in which prefixes are kept before all conversations. A client whose system
+# prompt is another each time must not push out all else.
+PREFIX_SHARE = 0.5
 _DIGEST_BYTES = 16
 _MAX_HEADER_BYTES = 2**20
+
+
+_File = tuple[Path, os.stat_result]
 
 
 class BadStateFile(Exception):
@@ -71,7 +79,7 @@ class StateStore:
     Args:
         folder: Where they are; made when the first is written.
         fingerprint: What they must belong to: model file, cache types, engine.
-        budget_bytes: Disk they may take; the least recently used go first.
+        budget_bytes: Disk they may take; the least recently used go first, those of prefixes last.
         max_age_s: Files unused for longer are removed.
     """
 
@@ -106,7 +114,8 @@ class StateStore:
             return
         if header.fingerprint == self._fingerprint:
             positions = frozenset(header.checkpoint_positions)
-            self._list(ArchivedState(header.tokens, "disk", positions, path), path)
+            entry = ArchivedState(header.tokens, "disk", positions, path, _is_prefix(path))
+            self._list(entry, path)
 
     def save(self, state: ArchivedState, payload: StatePayload) -> ArchivedState | None:
         """Write a sequence; files of its own prefixes that it makes useless are removed.
@@ -117,23 +126,32 @@ class StateStore:
         if payload.n_bytes > self._budget:  # it would push out all others, then itself
             log.warning("a prompt state of %d bytes is larger than its budget", payload.n_bytes)
             return None
-        name = hashlib.blake2b(
-            self._fingerprint.encode() + state.tokens.tobytes(), digest_size=_DIGEST_BYTES
-        ).hexdigest()
-        path = self._folder / (name + SUFFIX)
+        path = self._path(state.tokens, is_prefix=state.is_prefix)
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_state(path, self._fingerprint, state.tokens, payload)
         except OSError as error:
             log.warning("a prompt state of %d bytes was not saved: %s", payload.n_bytes, error)
             return None
-        entry = ArchivedState(state.tokens, "disk", frozenset(payload.checkpoints), path)
+        positions = frozenset(payload.checkpoints)
+        entry = ArchivedState(state.tokens, "disk", positions, path, state.is_prefix)
         for old in self.index.covered_by(entry):
             if old.path != path:
                 self.forget(old)
         self._list(entry, path)
         self._prune(newest=path)
         return entry
+
+    def _path(self, tokens: Tokens, *, is_prefix: bool) -> Path:
+        name = hashlib.blake2b(
+            self._fingerprint.encode() + tokens.tobytes(), digest_size=_DIGEST_BYTES
+        ).hexdigest()
+        return self._folder / (name + (PREFIX_SUFFIX if is_prefix else SUFFIX))
+
+    def touch_prefix(self, tokens: Tokens) -> None:
+        """Note that a prefix was used, if it is held."""
+        with contextlib.suppress(OSError):
+            os.utime(self._path(tokens, is_prefix=True))
 
     def load(self, entry: ArchivedState) -> StatePayload | None:
         """The states of an entry; None if they are damaged (the file is removed) or gone."""
@@ -178,23 +196,48 @@ class StateStore:
     def _prune(self, newest: Path | None = None) -> None:
         """Remove what is too old, then the least recently used until the budget holds.
 
+        Prefixes go after all conversations, but before these what is more than their share.
+
         The folder is shared by all models, so files of others count and may go too.
 
         Args:
             newest: The file just written; it stays, even if a clock that ran ahead has left others
                 that look newer.
         """
-        files = [(_stat(path), path) for path in self._folder.glob("*" + SUFFIX)]
-        n_bytes = sum(stat.st_size for stat, _ in files if stat)
+        files = [
+            (path, stat)
+            for path in self._folder.glob("*" + SUFFIX)
+            if (stat := _stat(path)) is not None
+        ]
+        n_bytes = sum(stat.st_size for _, stat in files)
         oldest_allowed = time.time() - self._max_age_s
-        for stat, path in sorted(files, key=lambda item: item[0].st_mtime if item[0] else 0.0):
-            if stat is None or path == newest:
+        for path, stat in _least_worth_first(files, int(PREFIX_SHARE * self._budget)):
+            if path == newest or (n_bytes <= self._budget and stat.st_mtime >= oldest_allowed):
                 continue
-            if n_bytes <= self._budget and stat.st_mtime >= oldest_allowed:
-                break
             n_bytes -= stat.st_size
             self._unlist(path)
             _remove(path)
+
+
+def _is_prefix(path: Path) -> bool:
+    return path.name.endswith(PREFIX_SUFFIX)
+
+
+def _least_worth_first(files: Iterable[_File], n_prefix_bytes: int) -> list[_File]:
+    """Files in the order in which they go: prefixes beyond their share, conversations, prefixes.
+
+    Among each the least recently used go first.
+
+    Args:
+        files: All of a folder.
+        n_prefix_bytes: The share of prefixes.
+    """
+    worth = {}
+    for path, stat in sorted(files, key=lambda file: file[1].st_mtime, reverse=True):
+        n_prefix_bytes -= stat.st_size if _is_prefix(path) else 0
+        kind = 1 if not _is_prefix(path) else 2 if n_prefix_bytes >= 0 else 0
+        worth[path] = (kind, stat.st_mtime)
+    return sorted(files, key=lambda file: worth[file[0]])
 
 
 def _has_all(header: StateHeader, entry: ArchivedState) -> bool:

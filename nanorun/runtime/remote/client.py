@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from nanorun.errors import EngineError, UsageError
-from nanorun.model.chat import GenerateOptions, Message, ModelInfo
+from nanorun.model.chat import GenerateOptions, ModelInfo, Prompt, RawPrompt
 from nanorun.runtime.remote.dialect import dialect_of
 from nanorun.runtime.remote.generation import RemoteGeneration
 from nanorun.runtime.remote.http import (
@@ -71,9 +71,10 @@ class RemoteClient:
         """Close the connections; replies still running end with `EngineDied`."""
         await self._http.close()
 
-    def generate(self, messages: Sequence[Message], options: GenerateOptions) -> RemoteGeneration:
+    def generate(self, prompt: Prompt, options: GenerateOptions) -> RemoteGeneration:
         """Begin a reply; the endpoint is asked when its first event is."""
-        return RemoteGeneration(self.start, self._http, self._learned, tuple(messages), options)
+        asked = prompt if isinstance(prompt, RawPrompt) else tuple(prompt)
+        return RemoteGeneration(self.start, self._http, self._learned, asked, options)
 
     async def _choose_model(self) -> Mapping[str, Any]:
         url = f"{self.address.base}/models"

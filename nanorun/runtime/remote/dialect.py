@@ -14,7 +14,7 @@ from typing import Any
 
 from nanorun.chat.markup import END_THINK, THINK
 from nanorun.errors import UsageError
-from nanorun.model.chat import GenerateOptions, Message
+from nanorun.model.chat import GenerateOptions, Message, Prompt, RawPrompt
 from nanorun.model.sampling import NUMBERS
 from nanorun.model.think import Think, grace_tokens
 
@@ -83,13 +83,13 @@ def dialect_of(model: Mapping[str, Any], host: str) -> Dialect:
     return VLLM if "max_model_len" in model else OTHER
 
 
-def check_options(messages: Sequence[Message], options: GenerateOptions) -> int | None:
+def check_options(prompt: Prompt, options: GenerateOptions) -> int | None:
     """The budget of thinking tokens, if the request makes sense.
 
     Raises:
         UsageError: If not; the same cases as with the local engine.
     """
-    if not messages:
+    if not isinstance(prompt, RawPrompt) and not prompt:
         raise UsageError("there are no messages to answer")
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UsageError(f"max_tokens {options.max_tokens} is less than 1")
@@ -127,6 +127,43 @@ def request_body(
         **_form(dialect, options),
         "stop": list(options.stop) if options.stop and _can_stop(dialect, options) else None,
         **_thinking_body(dialect, options),
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def completion_body(
+    dialect: Dialect, model: str, prompt: RawPrompt, options: GenerateOptions
+) -> dict[str, Any]:
+    """The body of an old completion that streams.
+
+    Args:
+        dialect: What the endpoint takes.
+        model: The model's name there.
+        prompt: The prompt.
+        options: How to go on from it. What is None is left to the endpoint.
+
+    Raises:
+        UsageError: If the endpoint has no words for what is asked.
+    """
+    asked = {
+        "special False": not prompt.special,
+        f"add_bos {prompt.add_bos}": prompt.add_bos is not None,
+        "tools": bool(options.tools),
+        "logprobs": options.logprobs is not None,
+    }
+    for what, is_asked in asked.items():
+        if is_asked:
+            raise UsageError(f"{what} cannot be asked of an endpoint with a raw prompt")
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt.text if prompt.tokens is None else list(prompt.tokens),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": options.max_tokens,
+        **_sampling(dialect, options),
+        **_form(dialect, options),
+        "ignore_eos": options.ignore_eos or None,
+        "stop": list(options.stop) or None,
     }
     return {name: value for name, value in body.items() if value is not None}
 

@@ -42,6 +42,10 @@ class EndpointBusy(EngineError):
         self.wait_s = wait_s
 
 
+class NothingThere(EngineError):
+    """The endpoint does not have the route."""
+
+
 class EndpointRefused(UsageError):
     """The endpoint does not take a request as it is.
 
@@ -105,7 +109,7 @@ def error_from_body(url: str, status: int | None, body: Any) -> NanorunError:
         case 404 if said.is_about_model:
             return UsageError(f"{url} does not have that model", facts=said.facts)
         case 404:
-            return EngineError(f"there is nothing at {url} (404)", facts=said.facts)
+            return NothingThere(f"there is nothing at {url} (404)", facts=said.facts)
         case 400 | 413 | 422 as kind:
             return EndpointRefused(f"{url} refused the request ({kind})", said)
     where = "failed in mid-answer" if status is None else f"failed ({status})"

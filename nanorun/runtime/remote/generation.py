@@ -8,18 +8,28 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, Self
 
-from nanorun.errors import EngineDied, NanorunError
-from nanorun.model.chat import Event, Finished, GenerateOptions, Message, ModelInfo, Notice, Usage
+from nanorun.errors import EngineDied, NanorunError, UsageError
+from nanorun.model.chat import (
+    Event,
+    Finished,
+    GenerateOptions,
+    Message,
+    ModelInfo,
+    Notice,
+    RawPrompt,
+    Usage,
+)
 from nanorun.runtime.remote.dialect import (
     OTHER,
     Control,
     check_options,
+    completion_body,
     continued_body,
     effort_of,
     hard_cap,
     request_body,
 )
-from nanorun.runtime.remote.errors import EndpointBusy, EndpointRefused
+from nanorun.runtime.remote.errors import EndpointBusy, EndpointRefused, NothingThere
 from nanorun.runtime.remote.http import Endpoint, Response, wait_before
 from nanorun.runtime.remote.landing import Landing
 from nanorun.runtime.remote.learned import Learned
@@ -28,6 +38,7 @@ from nanorun.runtime.remote.reply import RemoteReply
 log = logging.getLogger(__name__)
 
 _CHAT = "chat/completions"
+_COMPLETIONS = "completions"
 _CONTROL = "chat/completions/control"
 _EFFORT = "reasoning_effort"
 
@@ -39,7 +50,7 @@ class RemoteGeneration:
         start: Reaches the endpoint, if that is not done.
         http: The endpoint.
         learned: What is known of it; added to.
-        messages: The conversation.
+        prompt: The conversation, or a raw prompt.
         options: How to answer.
     """
 
@@ -48,13 +59,13 @@ class RemoteGeneration:
         start: Callable[[], Awaitable[ModelInfo]],
         http: Endpoint,
         learned: Learned,
-        messages: tuple[Message, ...],
+        prompt: tuple[Message, ...] | RawPrompt,
         options: GenerateOptions,
     ) -> None:
         self._start = start
         self._http = http
         self._learned = learned
-        self._messages = messages
+        self._prompt = prompt
         self._options = options
         self._events: AsyncGenerator[Event, None] | None = None
         self._reading: asyncio.Future[Event] | None = None
@@ -189,12 +200,13 @@ class RemoteGeneration:
         It is asked once more where its thinking had to be cut: for the answer after it.
         """
         body = await self._first_body()
+        route = _COMPLETIONS if isinstance(self._prompt, RawPrompt) else _CHAT
         n_busy = 0
         leaves_effort = False
         while True:
             accepted = False
             try:
-                async with self._http.request("POST", _CHAT, body) as response:
+                async with self._http.request("POST", route, body) as response:
                     accepted = True
                     reply = self._begin(response, left_effort=leaves_effort)
                     while (events := await self._next_events(response, reply)) is not None:
@@ -208,6 +220,13 @@ class RemoteGeneration:
                 yield Notice(f"{busy.message}; asking again in {wait_s:.1f} s")
                 await asyncio.sleep(wait_s)
                 continue
+            except NothingThere as nothing:
+                if route is _CHAT:
+                    raise
+                raise UsageError(
+                    f"{self._http.address.base} takes no raw prompts: it has no {route}",
+                    facts=nothing.facts,
+                ) from nothing
             except EndpointRefused as refused:
                 if accepted or refused.param not in (None, _EFFORT) or _EFFORT not in body:
                     raise
@@ -224,13 +243,15 @@ class RemoteGeneration:
 
     async def _first_body(self) -> dict[str, Any]:
         """What the endpoint is asked first; reaches it, and settles how its thinking is held."""
-        budget = check_options(self._messages, self._options)
+        budget = check_options(self._prompt, self._options)
         info = await self._start()
         learned = self._learned
+        if isinstance(self._prompt, RawPrompt):
+            return completion_body(learned.dialect or OTHER, info.name, self._prompt, self._options)
         body = request_body(
             learned.dialect or OTHER,
             info.name,
-            self._messages,
+            self._prompt,
             self._options,
             thinking_field=learned.thinking_field,
         )
@@ -259,6 +280,7 @@ class RemoteGeneration:
             self._options,
             response.url,
             continues=self._before is not None,
+            raw=self._prompt if isinstance(self._prompt, RawPrompt) else None,
         )
         return self._reply
 

@@ -7,11 +7,15 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nanorun.chat.call_events import CallEvents, unread
 from nanorun.chat.call_parsing import calls_from_json
+from nanorun.chat.json_arguments import JsonArguments
+from nanorun.chat.markup import THINK
 from nanorun.chat.parser import ReplyParser
+from nanorun.chat.plain_text import PlainParser
 from nanorun.chat.tool_values import ToolSet
 from nanorun.errors import EngineError
 from nanorun.model.chat import (
@@ -21,10 +25,12 @@ from nanorun.model.chat import (
     GenerateOptions,
     Notice,
     PrefillProgress,
+    RawPrompt,
     TextDelta,
     ThinkingDelta,
     Timings,
-    ToolCall,
+    ToolArguments,
+    ToolCallBegun,
     ToolCallDelta,
     Usage,
 )
@@ -60,6 +66,9 @@ class _CallDraft:
     id: str = ""
     name: str = ""
     arguments: list[str] = field(default_factory=list)
+    events: CallEvents | None = None
+    """Tells of it, once it is known to call a tool that was offered."""
+    json: JsonArguments | None = None
 
 
 class RemoteReply:
@@ -71,10 +80,17 @@ class RemoteReply:
         url: The endpoint, for errors.
         continues: Whether the prompt held thinking that is closed already, so that whatever
             comes is the answer.
+        raw: The raw prompt that is gone on from, if it was one.
     """
 
     def __init__(
-        self, dialect: Dialect, options: GenerateOptions, url: str, *, continues: bool = False
+        self,
+        dialect: Dialect,
+        options: GenerateOptions,
+        url: str,
+        *,
+        continues: bool = False,
+        raw: RawPrompt | None = None,
     ) -> None:
         self.completion_id: str | None = None
         self.thinking_field: str | None = None
@@ -97,10 +113,12 @@ class RemoteReply:
         self._continues = continues
         self._wants_logprobs = options.logprobs is not None
         self._tools = ToolSet(options.tools)
-        # An endpoint may leave tags in the text: a parser was not configured for its model.
-        self._parser = ReplyParser(starts_in_thinking=False, tools=options.tools, stop=options.stop)
+        self._parser = _parser_for(options, raw)
         self._drafts: dict[int, _CallDraft] = {}
         self._n_calls = 0
+        self._n_begun = 0
+        self._index_in_text = 0
+        """Of the call in the text that began last."""
         self._thinking_tail = ""
         self._reason: str | None = None
         self._stop_text: str | None = None
@@ -247,13 +265,24 @@ class RemoteReply:
         """Events of the parser, its tool calls numbered after those that came as such."""
         out: list[Event] = []
         for event in events:
-            if isinstance(event, ToolCallDelta):
-                event = ToolCallDelta(self._n_calls, event.call, event.problem)
-                self._n_calls += 1
-            elif isinstance(event, ThinkingDelta):
-                self.thinking.append(event.text)
+            match event:
+                case ToolCallBegun():
+                    self._index_in_text = self._next_index()
+                    event = replace(event, index=self._index_in_text)
+                case ToolArguments():
+                    event = replace(event, index=self._index_in_text)
+                case ToolCallDelta():
+                    index = self._index_in_text if event.call.name else self._n_begun
+                    event = replace(event, index=index)
+                    self._n_calls += 1
+                case ThinkingDelta(text):
+                    self.thinking.append(text)
             out.append(event)
         return out
+
+    def _next_index(self) -> int:
+        self._n_begun += 1
+        return self._n_begun - 1
 
     def _count(self, kind: str) -> None:
         self._last_at = time.monotonic()
@@ -277,12 +306,26 @@ class RemoteReply:
         draft = self._drafts.setdefault(index, _CallDraft())
         draft.id = draft.id or str(piece.get("id") or "")
         draft.name = draft.name or str(function.get("name") or "")
+        events += self._begin_call(draft)
         arguments = function.get("arguments")
         if isinstance(arguments, Mapping):
-            draft.arguments = [json.dumps(arguments)]
-        elif isinstance(arguments, str):
-            draft.arguments.append(arguments)
+            arguments = json.dumps(arguments)
+            draft.arguments.clear()
+        if isinstance(arguments, str):
+            events += _add_arguments(draft, arguments)
         return events
+
+    def _begin_call(self, draft: _CallDraft) -> list[Event]:
+        """Say that a call begins, once, if it is one of a tool that was offered."""
+        spec = self._tools.find(draft.name.strip())
+        if draft.events is not None or spec is None:
+            return []
+        draft.events = CallEvents(self._next_index(), self._id_of(draft), spec.name)
+        draft.json = JsonArguments(spec)
+        return [draft.events.begun()]
+
+    def _id_of(self, draft: _CallDraft) -> str:
+        return draft.id or f"call_{secrets.token_hex(6)}_{self._n_calls}"
 
     def _index_of(self, piece: Mapping[str, Any], function: Mapping[str, Any]) -> int:
         """Which call a piece belongs to. Without a number, an id or a name begins the next."""
@@ -301,10 +344,13 @@ class RemoteReply:
     def _call_events(self, draft: _CallDraft) -> list[Event]:
         entry = {"name": draft.name, "arguments": "".join(draft.arguments)}
         (parsed,) = calls_from_json(json.dumps(entry), self._tools)
-        call_id = draft.id or f"call_{secrets.token_hex(6)}_{self._n_calls}"
-        call = ToolCall(call_id, parsed.name, parsed.arguments)
         self._n_calls += 1
-        return [ToolCallDelta(self._n_calls - 1, call, parsed.problem)]
+        if not parsed.name:
+            return [unread(self._n_begun, self._id_of(draft), parsed)]
+        if draft.events is not None:
+            return draft.events.complete(parsed)
+        call = CallEvents(self._next_index(), self._id_of(draft), parsed.name)
+        return [call.begun(), *call.complete(parsed)]
 
     # --- the end ----------------------------------------------------------------------------
 
@@ -360,8 +406,23 @@ class RemoteReply:
         return settle_timings(self._timings or {}, seen, usage.completion_tokens)
 
 
+def _parser_for(options: GenerateOptions, raw: RawPrompt | None) -> ReplyParser | PlainParser:
+    if raw is not None:
+        thinks = (raw.text or "").rstrip("\n").endswith(THINK)
+        return PlainParser(starts_in_thinking=thinks, stop=options.stop)
+    # An endpoint may leave tags in the text: a parser was not configured for its model.
+    return ReplyParser(starts_in_thinking=False, tools=options.tools, stop=options.stop)
+
+
 def _texts(value: Any) -> list[str]:
     """The texts of a string, of a part, or of a list of parts."""
     parts = value if isinstance(value, list) else [value]
     texts = (part.get("text") if isinstance(part, Mapping) else part for part in parts)
     return [text for text in texts if isinstance(text, str) and text]
+
+
+def _add_arguments(draft: _CallDraft, text: str) -> list[Event]:
+    """Take more of the text of a call's arguments."""
+    draft.arguments.append(text)
+    told = draft.json.add(text) if draft.json is not None else ""
+    return [draft.events.add(told)] if told and draft.events is not None else []

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from nanorun.chat.markup import THINK
 from nanorun.chat.parser import ReplyParser
+from nanorun.chat.plain_text import PlainParser
 from nanorun.errors import NanorunError, UsageError
 from nanorun.model.chat import Event, FinishReason, TokenLogprobs
 from nanorun.runtime.reply.constraint import Constraint, Form
@@ -49,6 +50,14 @@ class ReplySettings:
     stop: tuple[str, ...] = ()
     """Texts that end the answer."""
     form: Form | None = None
+    plain: bool = False
+    """Whether nothing is read from the text: it answers a raw prompt."""
+
+
+def _parser_for(settings: ReplySettings) -> ReplyParser | PlainParser:
+    if settings.plain:
+        return PlainParser(starts_in_thinking=settings.thinks, stop=settings.stop)
+    return ReplyParser(starts_in_thinking=settings.thinks, tools=settings.tools, stop=settings.stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +96,7 @@ class Reply:
         self._settings = settings
         self._vocabulary = vocabulary
         self._sampler = sampler
-        self._parser = ReplyParser(
-            starts_in_thinking=settings.thinks, tools=settings.tools, stop=settings.stop
-        )
+        self._parser = _parser_for(settings)
         self._dial = ReasoningDial(settings.budget, max_reply=self.n_most)
         self._constraint = Constraint(settings.form) if settings.form else None
         self._forced: deque[int] = deque()

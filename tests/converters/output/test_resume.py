@@ -356,3 +356,28 @@ def test_killed_conversion_ends_in_the_same_file(source: Path, out: Path) -> Non
 def test_conversion_killed_twenty_times_ends_in_the_same_file(source: Path, out: Path) -> None:
     kill_and_finish(20, source, out, split=0)
     assert files(out) == expected_files(source, out)
+
+
+def test_ctrl_c_in_the_middle_of_a_piece_costs_that_piece(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written but not yet counted: what is noted is what was whole before."""
+    options = ConvertOptions(out=tmp_path / "out.gguf", recipe="q8_0")
+    monkeypatch.setattr(output_module, "SYNC_BYTES", 1 << 40)
+    checksum, n_pieces = output_module.zlib.crc32, 0
+
+    def stopped(data: object, value: int = 0) -> int:
+        nonlocal n_pieces
+        n_pieces += 1
+        if n_pieces == 20:
+            raise Stopped
+        return checksum(data, value)  # type: ignore[call-overload,no-any-return]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(output_module.zlib, "crc32", stopped)
+        with pytest.raises(Stopped):
+            convert(source, options)
+    again = convert(source, options)
+    assert again.resumed
+    whole = convert(source, dataclasses.replace(options, out=tmp_path / "whole.gguf"))
+    assert Path(again.path).read_bytes() == Path(whole.path).read_bytes()

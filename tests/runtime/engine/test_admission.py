@@ -134,7 +134,7 @@ def test_waiting_costs_no_comparison_a_step(compared: list[int]) -> None:
     assert len(compared) == 32 * (3 + 3 + 1)
 
 
-def test_change_of_the_tree_costs_one_comparison_with_each_sequence(compared: list[int]) -> None:
+def test_change_of_the_tree_costs_comparing_what_is_new(compared: list[int]) -> None:
     waits, tree = make_admission(n_cells=10**6)
     branches = [hold(tree, [i, *range(100)]) for i in range(3)]
     waiting = stream(list(range(1, 10_000)))
@@ -143,7 +143,16 @@ def test_change_of_the_tree_costs_one_comparison_with_each_sequence(compared: li
     tree.checkpoint(branches[0])
     for _ in range(10):
         waits.match(waiting)
-    assert len(compared) == 3
+    assert not compared  # none of them has grown
+    same = hold(tree, list(range(1, 300)))
+    assert waits.match(waiting).n_tokens == 299
+    compared.clear()
+    tree.extend(same, list(range(300, 310)))
+    tree.checkpoint(branches[0])
+    assert waits.match(waiting).n_tokens == 309
+    assert compared == [10]
+    tree.release(same, keep=False)
+    compared.clear()
     waits.forget(waiting)
     compared.clear()
     waits.match(waiting)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 from nanorun.errors import EngineError
 from nanorun.model.chat import Finished
 from nanorun.runtime.drafting.drafter import DraftRequest
+from nanorun.runtime.engine.waiting import MOST_OVERTAKING
 from tests.runtime.harness import SMALL, Rig
 
 
@@ -213,6 +214,82 @@ def test_failed_batch_leaves_nothing_that_a_later_prompt_could_start_from(
     rig.close()
 
 
+# -- long and short together ------------------------------------------------------------------
+
+
+def batches_until(rig: Rig, has_happened: Callable[[], bool]) -> int:
+    n_before = len(rig.batches)
+    while not has_happened():
+        rig.step()
+    return len(rig.batches) - n_before
+
+
+def test_short_request_does_not_wait_until_a_long_prompt_is_read(pico_f32_gguf: Path) -> None:
+    rig = Rig(pico_f32_gguf, replace(SMALL, n_ctx=2048))
+    stream = rig.submit(prompt(20, salt=1), n_tokens=60)
+    while not rig.said(stream):
+        rig.step()
+    long = rig.submit(prompt(1500, salt=2), n_tokens=2)
+    for _ in range(3):
+        rig.step()
+    short = rig.submit(prompt(30, salt=3), n_tokens=2)
+    n_said = len(rig.said(stream))
+    assert batches_until(rig, lambda: bool(rig.said(short))) <= 4
+    assert len(rig.said(stream)) == n_said + 1  # it went on in each batch
+    assert not rig.said(long)
+    rig.run()
+    for request_id in (stream, short):
+        rig.check(request_id)
+    rig.close()
+
+
+def test_short_requests_cost_a_long_prompt_no_batches_but_their_own(pico_f32_gguf: Path) -> None:
+    rig = Rig(pico_f32_gguf, replace(SMALL, n_ctx=2048))
+    long = rig.submit(prompt(1500), n_tokens=1)
+    n_short = 8
+    for i in range(n_short):
+        rig.submit(prompt(30, salt=i + 1), n_tokens=1)
+        rig.step()
+    rig.run()
+    assert len(rig.said(long)) == 1
+    assert len(rig.batches) == -(-(1500 + 30 * n_short) // SMALL.n_ubatch)
+    rig.close()
+
+
+def test_short_request_is_not_kept_waiting_by_one_that_there_is_no_room_for(
+    pico_f32_gguf: Path,
+) -> None:
+    rig = Rig(pico_f32_gguf, replace(SMALL, n_ctx=1024))
+    first = rig.submit(prompt(500, salt=1), n_tokens=200)
+    second = rig.submit(prompt(600, salt=2), n_tokens=2)
+    rig.step()
+    short = rig.submit(prompt(30, salt=3), n_tokens=2)
+    assert batches_until(rig, lambda: bool(rig.said(short))) <= 4
+    assert not rig.said(second)
+    rig.run()
+    assert len(rig.said(first)) == 200
+    rig.check(short)
+    rig.close()
+
+
+def test_long_request_is_overtaken_only_so_often(pico_f32_gguf: Path) -> None:
+    """While short ones come without end, the one that there is no room for gets its turn."""
+    rig = Rig(pico_f32_gguf, replace(SMALL, n_ctx=512))
+    rig.submit(prompt(100, salt=1), n_tokens=30)
+    rig.step()
+    long = rig.submit(prompt(400, salt=2), n_tokens=2)
+    short: list[str] = []
+    while long not in rig.finished:
+        while len(short) - sum(name in rig.finished for name in short) < 2:
+            short.append(rig.submit(prompt(30, salt=3 + len(short)), n_tokens=20))
+        rig.step()
+    done_before = [name for name in short if rig.said(name)]
+    assert 2 <= len(done_before) <= MOST_OVERTAKING + SMALL.n_parallel
+    rig.engine.cancel_all()
+    rig.run()
+    rig.close()
+
+
 # -- what it costs ----------------------------------------------------------------------------
 
 
@@ -296,4 +373,23 @@ def test_reply_whose_last_guess_was_wrong_is_reused(pico_f32_gguf: Path) -> None
     assert isinstance(finished, Finished)
     assert finished.usage.cached_tokens == 100 + 7
     rig.check(again)
+    rig.close()
+
+
+def test_many_waiting_requests_are_answered_in_the_order_in_which_they_came(
+    pico_f32_gguf: Path,
+) -> None:
+    rig = Rig(pico_f32_gguf)
+    names = [rig.submit(prompt(10, salt=i), n_tokens=2) for i in range(80)]
+    first_said: dict[str, int] = {}
+    for n_steps in range(1000):
+        if len(first_said) == len(names):
+            break
+        rig.step()
+        for name in names:
+            if rig.said(name):
+                first_said.setdefault(name, n_steps)
+    order = [first_said[name] for name in names]
+    assert order == sorted(order)
+    rig.run()
     rig.close()

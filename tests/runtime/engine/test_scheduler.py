@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 
 from nanorun.runtime.engine.scheduler import (
     MAX_PREFILL_BESIDE_DECODE,
     MAX_READ_AHEAD,
+    N_SHARES,
     last_in_turn,
     plan_rows,
     separate_guesses,
@@ -71,6 +74,45 @@ def test_answering_sequences_come_first_and_keep_prompts_short() -> None:
 def test_prompts_share_a_batch_in_order_of_arrival() -> None:
     plan = plan_rows([FakeSequence(100, 0, 1), FakeSequence(500, 0, 2)], n_batch=256, n_ubatch=256)
     assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(1, 100), (2, 156)]
+
+
+def test_short_prompt_is_read_whole_beside_a_long_one() -> None:
+    plan = plan_rows([FakeSequence(25_000, 512, 1), FakeSequence(30, 0, 2, order=1)], 512, 512)
+    rows = [(row.seq_id, len(row.tokens), row.wants_logits) for _, row in plan]
+    assert rows == [(2, 30, True), (1, 482, False)]
+
+
+def test_prompts_of_about_one_length_are_read_in_order_of_arrival() -> None:
+    sequences = [FakeSequence(15_000, 0, 1), FakeSequence(9_000, 0, 2, order=1)]
+    plan = plan_rows(sequences, n_batch=512, n_ubatch=512)
+    assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(1, 512)]
+
+
+def test_the_prompt_that_came_first_keeps_its_share() -> None:
+    sequences = [FakeSequence(25_000, 0, 1), FakeSequence(900, 0, 2, order=1)]
+    plan = plan_rows(sequences, n_batch=512, n_ubatch=512)
+    assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(2, 384), (1, 128)]
+    sequences[0].pauses = {40}  # it has no use for all of its share
+    plan = plan_rows(sequences, n_batch=512, n_ubatch=512)
+    assert [(row.seq_id, len(row.tokens)) for _, row in plan] == [(2, 472), (1, 40)]
+
+
+@pytest.mark.parametrize("n_answering", [0, 1])
+def test_long_prompt_is_read_in_a_known_number_of_batches_however_many_short_ones_come(
+    n_answering: int,
+) -> None:
+    long = FakeSequence(25_000, 0, 1)
+    room = MAX_PREFILL_BESIDE_DECODE if n_answering else 512
+    n_batches = 0
+    while long.in_prefill:
+        # As many new prompts come each time as would fill the batch alone.
+        short = [FakeSequence(200, 0, i, order=i) for i in range(2, 6)]
+        plan = plan_rows([long, *short, *[answering(9)] * n_answering], 512, 512)
+        for sequence, row in plan:
+            if not row.wants_logits or sequence.in_prefill:
+                sequence.n_evaluated += len(row.tokens)
+        n_batches += 1
+    assert n_batches <= math.ceil(25_000 / (room / N_SHARES))
 
 
 def test_prompts_that_somebody_waits_for_are_read_first() -> None:

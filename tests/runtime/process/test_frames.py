@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from typing import Any, get_args
 
 import pytest
@@ -14,7 +15,15 @@ from hypothesis import strategies as st
 
 from nanorun import errors
 from nanorun.errors import EngineDied, EngineError, NanorunError, UsageError
-from nanorun.model.chat import Event, Finished, GenerateOptions, TextDelta, TokenLogprobs, ToolCall
+from nanorun.model.chat import (
+    Event,
+    Finished,
+    GenerateOptions,
+    RawPrompt,
+    TextDelta,
+    TokenLogprobs,
+    ToolCall,
+)
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.process import wire
 from nanorun.runtime.process.frames import (
@@ -55,6 +64,11 @@ st.register_type_strategy(float, floats)
 st.register_type_strategy(ToolCall, st.builds(ToolCall, arguments=objects))
 st.register_type_strategy(
     GenerateOptions, st.builds(GenerateOptions, tools=st.lists(objects, max_size=2).map(tuple))
+)
+st.register_type_strategy(
+    RawPrompt,
+    st.builds(RawPrompt, text=st.text())
+    | st.builds(RawPrompt, text=st.none(), tokens=st.lists(st.integers(), max_size=3).map(tuple)),
 )
 st.register_type_strategy(
     NanorunError,
@@ -171,8 +185,9 @@ def test_error_that_is_not_nanoruns_own_becomes_an_engine_error() -> None:
         (["SetBudget", "r7", "many"], "r7", "SetBudget: 'many' is no int"),
         (["SetBudget", "r7", True], "r7", "'True' is no int"),
         (["SetBudget", "r7", 1, 2], "r7", "SetBudget has 2 fields"),
-        (["Generate", "r7", [["robot"]], []], "r7", "Message has 5 fields"),
-        (["Generate", "r7", {}, []], "r7", "is no list"),
+        (["Generate", "r7", ["tuple", ["robot"]], []], "r7", "Message has 5 fields"),
+        (["Generate", "r7", {}, []], "r7", "begins with none of tuple, RawPrompt"),
+        (["Generate", "r7", ["RawPrompt", "a", [1], True, None], []], "r7", "a text or tokens"),
         ({"verb": "cancel", "id": "r7"}, "", "begins with none of"),
         ([], "", "begins with none of"),
         (None, "", "begins with none of"),
@@ -213,6 +228,25 @@ def test_frame_that_breaks_off_is_the_end() -> None:
     frame = ANSWERS.encode(Said("r1", Finished("stop")))
     for n_bytes in range(len(frame)):
         assert wire.read(io.BytesIO(frame[:n_bytes])) is None
+
+
+@given(st.lists(st.text(max_size=30), max_size=8), st.data())
+def test_frames_are_cut_out_of_pieces_of_any_size(texts: list[str], data: st.DataObject) -> None:
+    frames = [ANSWERS.encode(Said("r1", TextDelta(text))) for text in texts]
+    stream = b"".join(frames)
+    cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=12).map(sorted))
+    cutter, bodies = wire.FrameCutter(), []
+    for start, end in pairwise([0, *cuts, len(stream)]):
+        bodies += cutter.feed(stream[start:end])
+    assert bodies == [frame[wire.HEADER_BYTES :] for frame in frames]
+
+
+def test_frames_before_an_absurd_length_are_cut_out() -> None:
+    good = REQUESTS.encode(Cancel("r1"))
+    bodies = wire.FrameCutter().feed(good + b"\xff\xff\xff\xff")
+    assert REQUESTS.decode(next(bodies)) == Cancel("r1")
+    with pytest.raises(EngineError, match="is not plausible"):
+        next(bodies)
 
 
 def test_fields_may_be_enums() -> None:

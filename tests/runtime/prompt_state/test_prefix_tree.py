@@ -195,6 +195,39 @@ def test_checkpoints_stay_within_their_budget() -> None:
         assert tree.checkpoint_bytes <= 200
 
 
+def test_checkpoint_of_a_prefix_goes_last() -> None:
+    tree, memory = make_tree(checkpoint_bytes=200)
+    branch = read(tree, memory, list(range(40)), stops=(10, 20, 30))
+    tree.release(branch)
+    tree, memory = make_tree(checkpoint_bytes=200)
+    branch = start(tree, list(range(40)))
+    assert branch is not None
+    for end in (10, 20, 30, 35):
+        piece = list(range(branch.n_tokens, end))
+        memory.evaluate(branch.seq_id, piece)
+        tree.extend(branch, piece)
+        tree.checkpoint(branch)
+        if end == 10:
+            tree.keep_prefix(branch, end)
+    assert tree.checkpoint_bytes <= 200
+    assert 10 in branch.checkpoints
+    assert 20 not in branch.checkpoints
+
+
+def test_sequence_that_was_cut_is_compared_anew() -> None:
+    tree, memory = make_tree()
+    branch = read(tree, memory, [1, 2, 3, 4, 5, 6], stops=(2,))
+    prompt = prompt_of([1, 2, 3, 4, 5, 6, 7])
+    known = tree.best_match(prompt)
+    assert (known.n_tokens, known.n_common) == (6, 6)
+    assert tree.cut_to_checkpoint(branch)
+    memory.evaluate(branch.seq_id, [3, 9, 9, 9])
+    tree.extend(branch, [3, 9, 9, 9])
+    tree.release(branch)
+    found = tree.best_match(prompt, known)
+    assert (found.n_tokens, found.n_common) == (2, 3)
+
+
 def test_sequence_on_the_device_is_said_to_come_from_there() -> None:
     tree, memory = make_tree()
     tree.release(read(tree, memory, list(range(40))))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from nanorun.runtime.prompt_state.archive import Archive
 from nanorun.runtime.prompt_state.archived_state import ArchivedState, StatePayload
+from nanorun.runtime.prompt_state.prefixes import prefix_hashes
 from nanorun.runtime.prompt_state.store import (
     SUFFIX,
     BadStateFile,
@@ -117,6 +118,63 @@ def test_store_keeps_within_its_budget_dropping_the_oldest(tmp_path: Path) -> No
         os.utime(entry.path, (time.time() - 100 + i,) * 2)
     assert [e.tokens[0] for e in store.index.entries] == [3, 4, 5]
     assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 3000
+
+
+def prefix(*ids: int) -> ArchivedState:
+    return ArchivedState(tokens(*ids), is_prefix=True)
+
+
+def age(entry: ArchivedState | None, seconds: float) -> None:
+    assert entry is not None and entry.path is not None
+    os.utime(entry.path, (time.time() - seconds,) * 2)
+
+
+def test_prefix_stays_although_twenty_later_conversations_fill_the_disk(tmp_path: Path) -> None:
+    store = make_store(tmp_path, budget=5000)
+    age(store.save(prefix(7, 7), StatePayload(bytes(800))), 1000)
+    for i in range(20):
+        age(store.save(ArchivedState(tokens(i, i)), StatePayload(bytes(800))), 100 - i)
+    again = make_store(tmp_path, budget=5000)
+    assert {(e.tokens[0], e.is_prefix) for e in again.index.entries} >= {(7, True), (19, False)}
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) <= 5000
+
+
+def test_prefixes_go_by_when_they_were_used_and_leave_room_for_conversations(
+    tmp_path: Path,
+) -> None:
+    store = make_store(tmp_path, budget=6000)
+    for i in range(3):
+        age(store.save(prefix(i, i), StatePayload(bytes(800))), 100 - i)
+    store.touch_prefix(tokens(0, 0))
+    for i in range(3, 9):
+        age(store.save(prefix(i, i) if i < 6 else ArchivedState(tokens(i, i)),
+                       StatePayload(bytes(800))), 50 - i)  # fmt: skip
+    held = {(int(e.tokens[0]), e.is_prefix) for e in store.index.entries}
+    assert (0, True) in held and (1, True) not in held
+    assert sum(1 for _, is_prefix in held if not is_prefix) == 3
+
+
+def test_prefix_that_was_changed_each_time_does_not_push_out_conversations(tmp_path: Path) -> None:
+    store = make_store(tmp_path, budget=5000)
+    for i in range(2):
+        age(store.save(ArchivedState(tokens(i, i)), StatePayload(bytes(800))), 50 - i)
+    for i in range(2, 30):
+        age(store.save(prefix(i, i), StatePayload(bytes(800))), 40 - i)
+    assert sum(not e.is_prefix for e in store.index.entries) == 2
+
+
+def test_prefix_stays_when_a_conversation_with_it_is_saved(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    store.save(prefix(1, 2), StatePayload(b"a"))
+    store.save(ArchivedState(tokens(1, 2, 3)), StatePayload(b"b", {2: b"c"}))
+    store.save(ArchivedState(tokens(1, 2)), StatePayload(b"d"))
+    found = store.index.longest(tokens(1, 2, 9), prefix_hashes(tokens(1, 2, 9)), 2)
+    assert found is not None
+    (held,) = [e for e in store.index.entries if e.is_prefix]
+    loaded = store.load(held)
+    assert loaded is not None and loaded.full == b"a"
+    store.save(ArchivedState(tokens(1, 2, 5), is_prefix=True), StatePayload(b"e", {2: b"f"}))
+    assert [e.tokens.tolist() for e in store.index.entries if e.is_prefix] == [[1, 2, 5]]
 
 
 def test_store_forgets_what_is_too_old(tmp_path: Path) -> None:

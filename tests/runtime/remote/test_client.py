@@ -26,16 +26,19 @@ from nanorun.model.chat import (
     Message,
     Notice,
     PrefillProgress,
+    RawPrompt,
     TextDelta,
     ThinkingDelta,
     TokenLogprobs,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
     Usage,
 )
 from nanorun.model.think import LOW, OFF, Think
 from nanorun.runtime.remote import RemoteClient
-from nanorun.runtime.remote.errors import EndpointRefused
+from nanorun.runtime.remote.errors import EndpointRefused, NothingThere
 from nanorun.runtime.remote.http import RemoteSettings
 from tests.runtime.remote.scripted_endpoint import (
     LLAMA_MODEL,
@@ -49,6 +52,7 @@ from tests.runtime.remote.scripted_endpoint import (
     sse,
     usage,
 )
+from tests.support.calls import assert_told
 from tests.support.waiting import PATIENCE_S, become
 
 QUESTION = (Message("user", "2+2?"),)
@@ -228,7 +232,7 @@ def test_key_that_no_header_can_carry_is_refused(monkeypatch: pytest.MonkeyPatch
     ("answer", "kind", "says"),
     [
         (Answer.json({"error": {"message": "no"}}, 403), EngineError, "refused the API key"),
-        (Answer.json({"detail": "Not Found"}, 404), EngineError, "there is nothing at"),
+        (Answer.json({"detail": "Not Found"}, 404), NothingThere, "there is nothing at"),
         (
             Answer.json({"error": {"message": "The model `x` does not exist."}}, 404),
             UsageError,
@@ -479,6 +483,7 @@ def call_piece(arguments: Any = None, **fields: Any) -> dict[str, Any]:
 async def calls_of(*chunks: Any) -> list[ToolCallDelta]:
     events = await answer_to(*chunks, delta("tool_calls"), tools=(TOOL,))
     assert end_of(events).reason == "tool_calls"
+    assert_told(events)
     return [event for event in events if isinstance(event, ToolCallDelta)]
 
 
@@ -493,6 +498,35 @@ async def test_tool_calls_are_put_together_from_pieces() -> None:
         (0, ToolCall("c0", "add", {"a": 1}), None),
         (1, ToolCall("c1", "add", {"a": 2, "b": "ü"}), None),
     ]
+
+
+async def test_arguments_are_told_as_they_come_and_as_they_are_read() -> None:
+    events = await answer_to(
+        call_piece('{"b":"\\u00', index=0, id="c0", name="ADD"),
+        call_piece("fc x", index=0),
+        call_piece('y","a":"1', index=0),
+        call_piece('2"}', index=0),
+        delta("tool_calls"),
+        tools=(TOOL,),
+    )
+    call = ToolCall("c0", "add", {"b": "ü xy", "a": 12})
+    assert [e for e in events if isinstance(e, ToolCallBegun | ToolArguments | ToolCallDelta)] == [
+        ToolCallBegun(0, "c0", "add"),
+        ToolArguments(0, '{"b": "'),
+        ToolArguments(0, "ü x"),
+        ToolArguments(0, 'y"'),
+        ToolArguments(0, ', "a": 12'),
+        ToolArguments(0, "}"),
+        ToolCallDelta(0, call),
+    ]
+
+
+async def test_calls_in_the_text_and_beside_it_are_counted_together() -> None:
+    written = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+    calls = await calls_of(
+        delta(content=written), call_piece('{"a": 2}', index=0, id="c", name="add")
+    )
+    assert [(call.index, call.call.arguments) for call in calls] == [(0, {"a": 1}), (1, {"a": 2})]
 
 
 async def test_tool_calls_without_numbers_and_ids_are_told_apart_by_name() -> None:
@@ -853,3 +887,57 @@ async def test_budget_that_an_endpoint_cannot_take_is_said() -> None:
         events = await ask(engine, think=Think(700))
     assert endpoint.requests[0].body["reasoning_effort"] == "medium"
     assert "takes no budget of thinking tokens; effort 'medium'" in notices_of(events)[0]
+
+
+# --- raw prompts ----------------------------------------------------------------------------
+
+
+def old_chunk(text: str, reason: str | None = None) -> dict[str, Any]:
+    """A chunk of an old completion."""
+    return {"id": "cmpl-1", "choices": [{"index": 0, "text": text, "finish_reason": reason}]}
+
+
+async def go_on(engine: RemoteClient, prompt: RawPrompt, **options: Any) -> list[Event]:
+    return [event async for event in engine.generate(prompt, GenerateOptions(**options))]
+
+
+@pytest.mark.parametrize("model", [VLLM_MODEL, NANORUN_MODEL, OTHER_MODEL])
+async def test_raw_prompt_goes_to_the_route_for_them(model: Any) -> None:
+    answer = Answer.stream(old_chunk("\n<think> 4"), old_chunk(" \n", "length"), usage(7, 3))
+    async with talking(answer, models=[model]) as (engine, endpoint):
+        events = await go_on(engine, RawPrompt("2+2="), max_tokens=3, stop=("x",))
+        assert text_of(events) == "\n<think> 4 \n"
+        assert (end_of(events).reason, end_of(events).usage.prompt_tokens) == ("length", 7)
+        await go_on(engine, RawPrompt(tokens=(4, 5)))
+        first, second = endpoint.requests
+        assert first.path.endswith("/v1/completions")
+        assert first.body["prompt"] == "2+2=" and second.body["prompt"] == [4, 5]
+        assert (first.body["max_tokens"], first.body["stop"]) == (3, ["x"])
+        assert "messages" not in first.body and "reasoning_effort" not in first.body
+
+
+async def test_thinking_that_a_raw_prompt_opened_is_told_apart() -> None:
+    answer = Answer.stream(old_chunk("so"), old_chunk("</think>\n4", "stop"))
+    async with talking(answer, models=[VLLM_MODEL]) as (engine, _):
+        events = await go_on(engine, RawPrompt("2+2?<think>\n"))
+        assert (thinking_of(events), text_of(events)) == ("so", "4")
+
+
+async def test_endpoint_without_the_route_takes_no_raw_prompts() -> None:
+    answer = Answer.json({"error": {"message": "Not Found"}}, 404)
+    async with talking(answer, models=[OTHER_MODEL]) as (engine, _):
+        with pytest.raises(UsageError, match="takes no raw prompts: it has no completions"):
+            await go_on(engine, RawPrompt("2+2="))
+
+
+async def test_what_an_endpoint_has_no_words_for_is_refused_with_a_raw_prompt() -> None:
+    async with talking(Answer(), models=[VLLM_MODEL]) as (engine, endpoint):
+        for prompt, options in (
+            (RawPrompt("a", special=False), {}),
+            (RawPrompt("a", add_bos=False), {}),
+            (RawPrompt("a"), {"tools": (TOOL,)}),
+            (RawPrompt("a"), {"logprobs": 1}),
+        ):
+            with pytest.raises(UsageError, match="cannot be asked of an endpoint with a raw"):
+                await go_on(engine, prompt, **options)
+        assert not endpoint.requests

@@ -12,7 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanorun.errors import EngineError, UsageError
-from nanorun.model.chat import Event, GenerateOptions, Grammar, Message, ToolCall, ToolCallDelta
+from nanorun.model.chat import (
+    Event,
+    GenerateOptions,
+    Grammar,
+    Message,
+    ToolCall,
+    ToolCallBegun,
+    ToolCallDelta,
+)
 from nanorun.model.sampling import NUMBERS
 from nanorun.model.think import HIGH, LOW, MAX, OFF, Think
 from nanorun.runtime.remote.dialect import (
@@ -268,6 +276,8 @@ def events_of(stream: list[bytes], options: GenerateOptions) -> list[Event]:
 
 def _without_id(event: Event) -> Event:
     """The event without the id that a tool call in the text is given at random."""
+    if isinstance(event, ToolCallBegun):
+        return replace(event, id="")
     if not isinstance(event, ToolCallDelta):
         return event
     return replace(event, call=replace(event.call, id=""))

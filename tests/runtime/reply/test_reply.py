@@ -231,6 +231,23 @@ def test_reply_that_calls_a_tool_says_so_at_its_end() -> None:
     assert reply.end == "tool_calls"
 
 
+def test_call_is_text_where_no_tools_are_offered() -> None:
+    reply = new_reply()
+    _, events = say(reply, A, CALL, NEWLINE, FUNCTION, END_CALL, END)
+    events += reply.last_words()
+    assert text_of(events) == "a<tool_call>\n<function=f>\n</function>\n</tool_call>"
+    assert reply.end == "stop"
+
+
+def test_thinking_with_a_call_in_it_is_closed_where_no_tools_are_offered() -> None:
+    reply = new_reply(thinks=True)
+    said, events = say(reply, A, CALL, END, B, END)
+    events += reply.last_words()
+    assert said == [A, CALL, NEWLINE, END_THINK, NEWLINE, B]
+    assert text_of(events, ThinkingDelta) == "a<tool_call>"
+    assert (text_of(events), reply.end) == ("b", "stop")
+
+
 def test_likelihood_is_told_before_the_text() -> None:
     reply = new_reply(logprobs=1, thinks=True)
     _, events = say(reply, A)

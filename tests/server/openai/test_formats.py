@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nanorun.server.schema_formats import ResponseFormat
+from nanorun.server.openai.formats import ResponseFormat
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 

@@ -20,11 +20,13 @@ from nanorun.model.chat import (
     Notice,
     PrefillProgress,
     TextDelta,
+    ToolArguments,
     ToolCall,
+    ToolCallBegun,
     ToolCallDelta,
 )
 from nanorun.model.think import LOW
-from tests.server.conftest import CHAT, Endpoint, error_of
+from tests.server.conftest import CHAT, Endpoint, Stream, error_of
 from tests.support.fakes import FakeClient, reply
 from tests.support.waiting import PATIENCE_S
 
@@ -42,7 +44,6 @@ async def test_completion_has_answer_thinking_and_usage(endpoint: Make) -> None:
     assert choice["message"] == {
         "role": "assistant",
         "content": "the answer",
-        "reasoning_content": "let me see",
         "reasoning": "let me see",
     }
     assert body["usage"] == {
@@ -52,6 +53,47 @@ async def test_completion_has_answer_thinking_and_usage(endpoint: Make) -> None:
         "prompt_tokens_details": {"cached_tokens": 5, "cached_from": None},
         "completion_tokens_details": {"reasoning_tokens": 3},
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields", "names"),
+    [
+        ({}, {}, {"reasoning"}),
+        ({"thinking_fields": ("reasoning_content",)}, {}, {"reasoning_content"}),
+        ({"thinking_fields": ("reasoning", "reasoning_content")}, {},
+         {"reasoning", "reasoning_content"}),
+        ({}, {"include_reasoning": False}, set()),
+        ({}, {"reasoning": {"exclude": True}}, set()),
+    ],
+)  # fmt: skip
+async def test_thinking_has_the_names_that_are_wanted(
+    endpoint: Make, settings: dict[str, Any], fields: dict[str, Any], names: set[str]
+) -> None:
+    api = endpoint(reply("4", thinking="2+2"), reply("4", thinking="2+2"), **settings)
+    message = (await api.chat(**fields)).json()["choices"][0]["message"]
+    assert message.keys() == {"role", "content"} | names
+    stream = await api.stream(**fields)
+    assert {name for name in ("reasoning", "reasoning_content") if stream.text(name)} == names
+
+
+async def test_several_answers_have_seeds_of_their_own_and_all_their_usage(endpoint: Make) -> None:
+    api = endpoint(reply("a b"), reply("c", reason="length"))
+    body = (await api.chat(n=2, seed=7)).json()
+    said = [(c["index"], c["message"]["content"], c["finish_reason"]) for c in body["choices"]]
+    assert said == [(0, "a b", "stop"), (1, "c", "length")]
+    assert body["usage"]["completion_tokens"] == 3
+    assert [request.options.seed for request in api.client.requests] == [7, 8]
+
+
+async def test_stream_of_several_answers_tells_them_apart(endpoint: Make) -> None:
+    stream = await endpoint(reply("a b"), reply("c d")).stream(n=2)
+    said = {0: "", 1: ""}
+    for chunk in stream.chunks:
+        (choice,) = chunk["choices"]
+        said[choice["index"]] += choice["delta"].get("content") or ""
+    assert said == {0: "a b", 1: "c d"}
+    assert [c["choices"][0]["finish_reason"] for c in stream.chunks].count("stop") == 2
+    assert stream.is_done
 
 
 async def test_completion_without_thinking_has_no_reasoning(endpoint: Make) -> None:
@@ -86,8 +128,8 @@ async def test_request_reaches_the_engine(endpoint: Make) -> None:
 
 async def test_stream_has_role_thinking_answer_and_end(endpoint: Make) -> None:
     stream = await endpoint(reply("the answer", thinking="let me see")).stream()
-    assert stream.deltas[0] == {"role": "assistant", "content": ""}
-    assert stream.text("reasoning_content") == stream.text("reasoning") == "let me see"
+    assert stream.deltas[0] == {"role": "assistant", "content": None}
+    assert stream.text("reasoning") == "let me see"
     assert stream.text("content") == "the answer"
     assert [c["choices"][0]["finish_reason"] for c in stream.chunks][-2:] == [None, "stop"]
     assert len({(c["id"], c["created"]) for c in stream.chunks}) == 1
@@ -106,9 +148,44 @@ async def test_stream_carries_usage_when_asked(endpoint: Make) -> None:
 async def test_stream_tool_calls_are_numbered_and_whole(endpoint: Make) -> None:
     other = ToolCall("call_2", "sub", {})
     stream = await endpoint(reply(tool_calls=[CALL, other])).stream()
-    calls = [call for delta in stream.deltas for call in delta.get("tool_calls", ())]
-    assert [(call["index"], call["id"]) for call in calls] == [(0, "call_1"), (1, "call_2")]
-    assert calls[0]["function"]["arguments"] == '{"a": 1, "b": "ü"}'
+    assert calls_of(stream) == {
+        0: ("call_1", "add", '{"a": 1, "b": "ü"}'), 1: ("call_2", "sub", "{}")
+    }  # fmt: skip
+
+
+async def test_stream_tool_arguments_come_as_they_are_written(endpoint: Make) -> None:
+    steps = [
+        ToolCallBegun(0, "call_1", "add"),
+        ToolArguments(0, '{"a": 1'),
+        ToolArguments(0, ', "b": "ü"}'),
+        ToolCallDelta(0, CALL),
+        Finished("tool_calls"),
+    ]
+    stream = await endpoint(steps).stream()
+    assert calls_of(stream) == {0: ("call_1", "add", '{"a": 1, "b": "ü"}')}
+    assert len([delta for delta in stream.deltas if "tool_calls" in delta]) == 3
+
+
+async def test_stream_tool_call_that_broke_off_never_ends(endpoint: Make) -> None:
+    broken = ToolCallDelta(0, ToolCall("call_1", "add", {"a": 1}), "it broke off")
+    steps = [
+        ToolCallBegun(0, "call_1", "add"),
+        ToolArguments(0, '{"a": 1, "b": "half'),
+        broken,
+        Finished("stop"),
+    ]
+    assert calls_of(await endpoint(steps).stream()) == {0: ("call_1", "add", '{"a": 1, "b": "half')}
+
+
+def calls_of(stream: Stream) -> dict[int, tuple[str, str, str]]:
+    """The calls as a client puts them together: id, name and arguments by index."""
+    calls: dict[int, tuple[str, str, str]] = {}
+    for piece in (call for delta in stream.deltas for call in delta.get("tool_calls", ())):
+        if "id" in piece:
+            calls[piece["index"]] = (piece["id"], piece["function"]["name"], "")
+        id_, name, arguments = calls[piece["index"]]
+        calls[piece["index"]] = (id_, name, arguments + piece["function"]["arguments"])
+    return calls
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -271,10 +348,9 @@ UNREADABLE = ToolCallDelta(0, ToolCall("call_0", "", {}), "not a tool call: x")
 
 
 async def test_calls_are_numbered_as_they_are_sent(endpoint: Make) -> None:
-    call = ToolCallDelta(1, ToolCall("call_1", "f", {}))
+    call = ToolCallDelta(0, ToolCall("call_1", "f", {}))
     stream = await endpoint([UNREADABLE, call, Finished("tool_calls")]).stream()
-    calls = [call for delta in stream.deltas for call in delta.get("tool_calls", ())]
-    assert [call["index"] for call in calls] == [0]
+    assert calls_of(stream) == {0: ("call_1", "f", "{}")}
     assert stream.chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 

@@ -8,24 +8,28 @@ from pydantic import ValidationError
 from nanorun.model.chat import GenerateOptions, Grammar, Message, ToolCall
 from nanorun.model.sampling import NUMBERS
 from nanorun.model.think import LOW, OFF, Think
+from nanorun.server import policy
+from nanorun.server.depth import EFFORTS
 from nanorun.server.errors import ApiError
-from nanorun.server.schema import EFFORTS, ChatRequest
+from nanorun.server.openai.chat_body import ChatRequest
 
 USER = {"role": "user", "content": "hi"}
 
 
 def parse(**fields: Any) -> ChatRequest:
-    request = ChatRequest.model_validate({"messages": [USER], **fields})
-    request.check_supported()
-    return request
+    return ChatRequest.model_validate({"messages": [USER], **fields})
+
+
+def options(default_think: Think = LOW, **fields: Any) -> GenerateOptions:
+    return parse(**fields).to_asked(default_think=default_think).options
 
 
 def think(**fields: Any) -> Think:
-    return parse(**fields).to_options(default_think=LOW).think
+    return options(**fields).think
 
 
 def parse_message(**fields: Any) -> Message:
-    return parse(messages=[fields]).to_messages()[0]
+    return parse(messages=[fields]).to_asked(default_think=LOW).prompt[0]
 
 
 def test_message_text_parts_are_joined() -> None:
@@ -66,27 +70,20 @@ def test_message_fields_of_other_servers_are_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("message", "says"),
+    ("message", "param"),
     [
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "image_url"),
-        ({"role": "user", "content": [{"type": "input_audio"}]}, "text only"),
-        ({"role": "user", "content": 3}, "string or an array"),
-        ({"role": "user", "content": [{"type": "text"}]}, "has no text"),
-        ({"role": "user", "content": ["x"]}, "part 0 is str"),
-        ({"role": "robot", "content": "x"}, "'system'"),
-        ({"role": "user", "content": "\ud800"}, "surrogate"),
-        ({"role": "assistant", "function_call": {"name": "f"}}, "not supported"),
-        ({"role": "user", "content": "x", "tool_calls": [
-            {"id": "1", "function": {"name": "f", "arguments": "{}"}}]}, "do not belong"),
-        ({"role": "assistant", "tool_calls": [
-            {"id": "1", "function": {"name": "f", "arguments": "{"}}]}, "not JSON"),
-        ({"role": "assistant", "tool_calls": [
-            {"id": "1", "function": {"name": "f", "arguments": "[1]"}}]}, "JSON object"),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {}}]}, "content[0]"),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "content[0]"),
+        ({"role": "robot", "content": "x"}, "role"),
+        ({"content": "x"}, "role"),
     ],
-)  # fmt: skip
-def test_message_that_cannot_be_meant_is_refused(message: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError, match=says):
-        parse(messages=[message])
+)
+def test_message_that_asks_what_cannot_be_read_is_refused(
+    message: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_message(**message)
+    assert caught.value.param == f"messages[0].{param}"
 
 
 def test_conversation_without_messages_is_refused() -> None:
@@ -129,19 +126,26 @@ def test_think_is_the_most_exact_of_what_is_asked(fields: dict[str, Any], depth:
 
 
 def test_options_carry_every_setting() -> None:
-    options = parse(
-        max_tokens=9, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=2**40, stop=["a", "b"]
-    ).to_options(default_think=OFF)
-    assert (options.max_tokens, options.temperature, options.top_p) == (9, 0.5, 0.9)
-    assert (options.top_k, options.min_p, options.seed) == (40, 0.1, 2**40)
-    assert options.stop == ("a", "b")
+    made = options(
+        OFF,
+        max_tokens=9,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.1,
+        seed=2**40,
+        stop=["a", "b"],
+    )
+    assert (made.max_tokens, made.temperature, made.top_p) == (9, 0.5, 0.9)
+    assert (made.top_k, made.min_p, made.seed) == (40, 0.1, 2**40)
+    assert made.stop == ("a", "b")
 
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_sampling_value_is_taken_within_its_range(name: str) -> None:
     ends = NUMBERS[name] or (0, 2**40)
     for value in ends:
-        assert getattr(parse(**{name: value}).to_options(default_think=OFF), name) == value
+        assert getattr(options(OFF, **{name: value}), name) == value
     if NUMBERS[name] is not None:
         for value in (ends[0] - 0.001, ends[1] + 1, float("nan")):
             with pytest.raises(ValidationError) as caught:
@@ -150,15 +154,13 @@ def test_every_sampling_value_is_taken_within_its_range(name: str) -> None:
 
 
 def test_likelihood_and_biases_are_openais() -> None:
-    options = parse(logprobs=True, top_logprobs=3, logit_bias={"13": -100}).to_options(
-        default_think=OFF
-    )
-    assert (options.logprobs, options.logit_bias) == (3, ((13, -100.0),))
+    made = options(logprobs=True, top_logprobs=3, logit_bias={"13": -100})
+    assert (made.logprobs, made.logit_bias) == (3, ((13, -100.0),))
 
 
 def test_options_take_one_stop_and_the_newer_name_of_max_tokens() -> None:
-    options = parse(stop="END", max_completion_tokens=5).to_options(default_think=OFF)
-    assert (options.stop, options.max_tokens) == (("END",), 5)
+    made = options(OFF, stop="END", max_completion_tokens=5)
+    assert (made.stop, made.max_tokens) == (("END",), 5)
 
 
 TOOL = {
@@ -168,14 +170,14 @@ TOOL = {
 
 
 def test_tools_lose_their_nulls() -> None:
-    options = parse(tools=[TOOL]).to_options(default_think=OFF)
-    assert options.tools == (
+    made = options(OFF, tools=[TOOL])
+    assert made.tools == (
         {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
     )
 
 
 def test_tool_choice_none_hides_the_tools() -> None:
-    assert parse(tools=[TOOL], tool_choice="none").to_options(default_think=OFF).tools == ()
+    assert options(OFF, tools=[TOOL], tool_choice="none").tools == ()
 
 
 @pytest.mark.parametrize(
@@ -193,20 +195,19 @@ def test_tool_choice_none_hides_the_tools() -> None:
                 {"type": "function", "function": {"name": "a", "parameters": {"required": [1]}}}
             ]
         },
-        {"tool_choice": "always"},
-        {"tool_choice": {"type": "function"}},
         {"frequency_penalty": 3},
         {"top_logprobs": 21},
         {"response_format": {"type": "xml"}},
-        {"structured_outputs": {"choice": ["a"]}},
+        {"structured_outputs": {"choice": []}},
+        {"structured_outputs": {"regex": "a", "choice": ["a"]}},
         {"temperature": -1},
         {"temperature": float("nan")},
         {"top_p": 2},
         {"max_tokens": 0},
-        {"stop": [""]},
+        {"max_tokens": True},
+        {"stop": ["a", ""]},
         {"stop": 3},
         {"stream": "yes"},
-        {"reasoning_effort": "extreme"},
         {"reasoning_budget": -2},
         {"chat_template_kwargs": {"low_effort": True}},
     ],
@@ -221,19 +222,26 @@ def test_field_out_of_range_is_refused(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 2},
+        {"tool_choice": "always"},
+        {"tool_choice": {"type": "function"}},
+        {"tool_choice": {"type": "custom", "custom": {"name": "f"}}},
+        {"reasoning_effort": "extreme"},
         {"top_logprobs": 3},
         {"modalities": ["text", "audio"]},
-        {"functions": [{"name": "f"}]},
-        {"web_search_options": {}},
+        {"web_search_options": {"search_context_size": "low"}},
         {"grammar": 'root ::= "a"'},
+        {"mirostat": 2},
+        {"min_tokens": 5},
+        {"echo": True},
+        {"use_beam_search": True},
+        {"made_up": 1},
     ],
     ids=str,
 )
 def test_field_that_would_change_the_answer_is_refused_by_name(fields: dict[str, Any]) -> None:
     (name,) = fields
     with pytest.raises(ApiError) as caught:
-        parse(**fields)
+        options(**fields)
     assert (caught.value.status, caught.value.param) == (400, name)
     assert name in caught.value.message
 
@@ -247,31 +255,42 @@ def test_field_that_would_change_the_answer_is_refused_by_name(fields: dict[str,
         {"parallel_tool_calls": True},
         {"user": "me", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
         {"logit_bias": None, "functions": None},
+        *({name: value} for name in policy.LABELS for value in ("x", {"a": 1})),
+        *(
+            {name: value}
+            for name, (accepted, _) in policy.NEUTRAL.items()
+            for value in accepted
+            if name not in policy.SYNONYMS
+        ),
+        {"functions": []},
+        {"options": {}},
+        {"n_probs": 0},
+        {"logit_bias": []},
+        {"stop": ""},
+        {"stop": [""]},
+        {"stop": []},
+        {"max_tokens": -1},
+        {"n_predict": -1},
+        {"seed": -1},
+        {"tools": []},
     ],
     ids=str,
 )
 def test_field_that_asks_for_nothing_is_ignored(fields: dict[str, Any]) -> None:
-    assert parse(**fields).to_options(default_think=LOW) == parse().to_options(default_think=LOW)
+    assert options(**fields) == options()
 
 
 def test_two_different_limits_are_refused() -> None:
-    assert parse(max_tokens=5, max_completion_tokens=5)
+    assert options(max_tokens=5, max_completion_tokens=5)
     with pytest.raises(ApiError, match="differ"):
-        parse(max_tokens=5, max_completion_tokens=6)
+        options(max_tokens=5, max_completion_tokens=6)
 
 
 def test_biases_and_endless_replies_reach_the_engine() -> None:
-    request = ChatRequest.model_validate(
-        {
-            "messages": [{"role": "user", "content": "x"}],
-            "logit_bias": {"13": -100, "5": 1.5},
-            "ignore_eos": True,
-        }
-    )
-    request.check_supported()
-    options = request.to_options(default_think=OFF)
-    assert options.logit_bias == ((13, -100.0), (5, 1.5))
-    assert options.ignore_eos
+    for bias in ({"13": -100, "5": 1.5}, [[13, False], [5, 1.5]]):
+        made = options(logit_bias=bias, ignore_eos=True)
+        assert made.logit_bias == ((13, -100.0), (5, 1.5))
+        assert made.ignore_eos
 
 
 @pytest.mark.parametrize("reasoning", [{"reasoning_content": "hm"}, {"reasoning": "hm"}, {}])
@@ -281,8 +300,7 @@ def test_history_shows_whether_the_client_gives_thinking_back(reasoning: dict[st
         {"role": "assistant", "content": "y", **reasoning},
         {"role": "user", "content": "z"},
     ]
-    options = ChatRequest.model_validate({"messages": turns}).to_options(default_think=OFF)
-    assert options.echo_thinking == bool(reasoning)
+    assert options(messages=turns).echo_thinking == bool(reasoning)
 
 
 @pytest.mark.parametrize(
@@ -290,14 +308,10 @@ def test_history_shows_whether_the_client_gives_thinking_back(reasoning: dict[st
     [("flex", "background"), ("default", "interactive"), (None, "interactive")],
 )
 def test_flexible_requests_run_in_the_background(tier: str | None, priority: str) -> None:
-    assert parse(service_tier=tier).to_options(default_think=LOW).priority == priority
+    assert options(service_tier=tier).priority == priority
 
 
 TOOLS = [{"type": "function", "function": {"name": name}} for name in ("add", "ping")]
-
-
-def options(**fields: Any) -> GenerateOptions:
-    return parse(**fields).to_options(default_think=LOW)
 
 
 def test_one_tool_may_be_demanded() -> None:
@@ -310,7 +324,7 @@ def test_one_tool_may_be_demanded() -> None:
 
 def test_tool_that_is_not_offered_cannot_be_demanded() -> None:
     with pytest.raises(ApiError, match="which is none of the tools"):
-        parse(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "fly"}})
+        options(tools=TOOLS, tool_choice={"type": "function", "function": {"name": "fly"}})
 
 
 @pytest.mark.parametrize(
@@ -341,3 +355,58 @@ def test_penalties_and_logprobs_reach_the_engine() -> None:
     assert (made.frequency_penalty, made.dry_multiplier, made.logprobs) == (0.5, 0.8, 3)
     assert options(logprobs=True).logprobs == 0
     assert options(logprobs=False).logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("synonym", "known"),
+    [
+        ({"repeat_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ({"repeat_last_n": 5}, {"penalty_last_n": 5}),
+        ({"top_k": -1}, {"top_k": 0}),
+        ({"n_predict": 9}, {"max_tokens": 9}),
+        ({"num_predict": 9}, {"max_tokens": 9}),
+        ({"max_new_tokens": 9}, {"max_tokens": 9}),
+        ({"enable_thinking": False}, {"reasoning_effort": "none"}),
+        ({"thinking": {"type": "disabled"}}, {"reasoning_effort": "none"}),
+        ({"thinking": {"type": "enabled", "budget_tokens": 99}}, {"reasoning_budget": 99}),
+        ({"thinking": {"type": "adaptive"}}, {}),
+        ({"thinking": False}, {"reasoning_effort": "none"}),
+        ({"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
+        ({"reasoning": {"max_tokens": 99}}, {"reasoning_budget": 99}),
+        ({"reasoning": {"enabled": False}}, {"reasoning_effort": "none"}),
+        ({"think": False}, {"reasoning_effort": "none"}),
+        ({"think": "high"}, {"reasoning_effort": "high"}),
+        ({"think": 99}, {"reasoning_budget": 99}),
+        ({"thinking_budget_tokens": 99}, {"reasoning_budget": 99}),
+        ({"guided_json": {"type": "null"}}, {"structured_outputs": {"json": {"type": "null"}}}),
+        ({"guided_regex": "a"}, {"structured_outputs": {"regex": "a"}}),
+        ({"guided_choice": ["a", "b"]}, {"structured_outputs": {"choice": ["a", "b"]}}),
+        ({"json_schema": {"type": "null"}},
+         {"response_format": {"type": "json_schema", "schema": {"type": "null"}}}),
+        ({"n_probs": 3}, {"logprobs": True, "top_logprobs": 3}),
+        ({"extra_body": {"top_k": 5}}, {"top_k": 5}),
+        ({"functions": [{"name": "add"}], "function_call": {"name": "add"}},
+         {"tools": TOOLS[:1], "tool_choice": "required"}),
+        ({"tools": TOOLS, "tool_choice": "any"}, {"tools": TOOLS, "tool_choice": "required"}),
+        ({"tools": TOOLS, "tool_choice": {"type": "auto"}}, {"tools": TOOLS}),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": {
+            "mode": "required", "tools": [{"type": "function", "function": {"name": "ping"}}]}}},
+         {"tools": TOOLS[1:], "tool_choice": "required"}),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "ping"}},
+         {"tools": TOOLS[1:], "tool_choice": "required"}),
+        ({"tools": [{"type": "function", "name": "add"}]}, {"tools": TOOLS[:1]}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_synonym_means_what_its_owner_means(synonym: dict[str, Any], known: dict[str, Any]) -> None:
+    assert options(**synonym) == options(**known)
+
+
+def test_synonym_that_contradicts_is_refused() -> None:
+    with pytest.raises(ApiError, match="differ"):
+        parse(max_tokens=5, n_predict=6)
+
+
+def test_two_forms_at_once_are_refused() -> None:
+    with pytest.raises(ApiError, match="give one of them"):
+        options(response_format={"type": "json_object"}, structured_outputs={"regex": "a"})

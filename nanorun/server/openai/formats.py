@@ -67,14 +67,29 @@ class StructuredOutputs(BaseModel):
 
     json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
     regex: str | None = None
+    choice: Annotated[list[str], Field(min_length=1)] | None = None
     grammar: str | None = None
     """In llguidance's dialect of Lark."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> StructuredOutputs:
+        given = [
+            name
+            for name in ("json_", "regex", "choice", "grammar")
+            if getattr(self, name) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"it gives {' and '.join(given).replace('_', '')}; give one of them")
+        return self
 
     def to_grammar(self) -> Grammar | None:
         """The form as the engine takes it."""
         if self.json_ is not None:
             text = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
             return Grammar("json_schema", text)
+        if self.choice is not None:
+            words = (json.dumps(word, ensure_ascii=False) for word in self.choice)
+            return Grammar("lark", f"start: {' | '.join(words)}")
         if self.regex is not None:
             return Grammar("regex", self.regex)
         return None if self.grammar is None else Grammar("lark", self.grammar)

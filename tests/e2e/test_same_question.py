@@ -1,0 +1,153 @@
+"""One question, one seed, through each API: the same text, whole or streamed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import ollama
+import openai
+import pytest
+
+from tests.support.waiting import PATIENCE_S
+
+QUESTIONS = ["What is 4785 + 697?", "What is 12 + 34?", "Say something."]
+CALCULATOR = {
+    "name": "calculator",
+    "description": "Evaluate an arithmetic expression.",
+    "input_schema": {
+        "type": "object",
+        "properties": {"expression": {"type": "string", "description": "The expression."}},
+        "required": ["expression"],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def url(pico_gguf: Path) -> Iterator[str]:
+    """The address of a server, without /v1."""
+    command = [sys.executable, "-m", "nanorun", "serve", str(pico_gguf), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        words = (word.decode() for line in process.stderr for word in line.split())
+        yield next(word for word in words if word.startswith("http://")).removesuffix("/v1")
+        process.terminate()
+        assert process.wait(PATIENCE_S) == 0
+
+
+@pytest.fixture
+def claude(url: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=url, api_key="unused", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def llama(url: str) -> Iterator[ollama.Client]:
+    with ollama.Client(host=url) as client:
+        yield client
+
+
+def said_by(message: Any) -> tuple[str, str]:
+    """Thinking and text of a message."""
+    thinking = "".join(b.thinking for b in message.content if b.type == "thinking")
+    return thinking, "".join(b.text for b in message.content if b.type == "text")
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_api_says_the_same(
+    url: str, claude: anthropic.Anthropic, llama: ollama.Client, question: str
+) -> None:
+    asked: list[Any] = [{"role": "user", "content": question}]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        reply = client.chat.completions.create(
+            model="pico", messages=asked, temperature=0, max_tokens=200
+        )
+    said = reply.choices[0].message
+    expected = (said.reasoning or "", said.content or "")  # type: ignore[attr-defined]
+    arguments: dict[str, Any] = {"model": "pico", "messages": asked, "max_tokens": 200,
+                                 "extra_body": {"temperature": 0}}  # fmt: skip
+    assert said_by(claude.messages.create(**arguments)) == expected
+    with claude.messages.stream(**arguments) as stream:
+        text = "".join(stream.text_stream)
+        assert said_by(stream.get_final_message()) == expected
+    assert text == expected[1]
+    options = {"temperature": 0, "num_predict": 200}
+    told = llama.chat("pico", asked, options=options).message
+    assert ((told.thinking or ""), (told.content or "")) == expected
+    parts = [part.message for part in llama.chat("pico", asked, options=options, stream=True)]
+    assert "".join(part.thinking or "" for part in parts) == expected[0]
+    assert "".join(part.content or "" for part in parts) == expected[1]
+    generated = llama.generate("pico", question, options=options)
+    assert ((generated.thinking or ""), generated.response) == expected
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_messages_call_the_calculator_and_say_what_it_said(
+    claude: anthropic.Anthropic, streamed: bool
+) -> None:
+    asked: list[Any] = [{"role": "user", "content": "Use the calculator: what is 12 + 34?"}]
+    ask: dict[str, Any] = {"model": "pico", "tools": [CALCULATOR], "max_tokens": 400}
+    first = _ask(claude, streamed, messages=asked, tool_choice={"type": "any"}, **ask)
+    assert first.stop_reason == "tool_use"
+    (use,) = [block for block in first.content if block.type == "tool_use"]
+    assert set(use.input) == {"expression"}
+    result = {"type": "tool_result", "tool_use_id": use.id, "content": "46"}
+    asked += [
+        {"role": "assistant", "content": [block.model_dump() for block in first.content]},
+        {"role": "user", "content": [result]},
+    ]
+    second = _ask(claude, streamed, messages=asked, **ask)
+    assert "46" in said_by(second)[1]
+    assert second.usage.cache_read_input_tokens > 0
+
+
+def _ask(claude: anthropic.Anthropic, streamed: bool, **arguments: Any) -> Any:
+    if not streamed:
+        return claude.messages.create(**arguments)
+    with claude.messages.stream(**arguments) as stream:
+        return stream.get_final_message()
+
+
+def test_next_turn_reads_what_is_new(claude: anthropic.Anthropic) -> None:
+    turns: list[Any] = [{"role": "user", "content": "What is 12 + 34?"}]
+    first = claude.messages.create(model="pico", messages=turns, max_tokens=200)
+    turns += [
+        {"role": "assistant", "content": [block.model_dump() for block in first.content]},
+        {"role": "user", "content": "And 7 + 8?"},
+    ]
+    second = claude.messages.create(model="pico", messages=turns, max_tokens=200)
+    n_first, n_second = (
+        u.input_tokens + u.cache_read_input_tokens for u in (first.usage, second.usage)
+    )
+    assert second.usage.input_tokens <= n_second - n_first + 16
+
+
+def test_errors_are_the_clients_own(claude: anthropic.Anthropic) -> None:
+    asked: list[Any] = [{"role": "user", "content": "hi"}]
+    with pytest.raises(anthropic.NotFoundError, match="pico"):
+        claude.messages.create(model="claude", messages=asked, max_tokens=9)
+    picture: list[Any] = [{"role": "user", "content": [{"type": "image", "source": {}}]}]
+    with pytest.raises(anthropic.BadRequestError, match="text only"):
+        claude.messages.create(model="pico-q8_0", messages=picture, max_tokens=9)
+
+
+def test_ollamas_client_calls_the_calculator_and_sees_the_model(llama: ollama.Client) -> None:
+    function = {**CALCULATOR, "parameters": CALCULATOR["input_schema"]}
+    del function["input_schema"]
+    tools: list[Any] = [{"type": "function", "function": function}]
+    asked: list[Any] = [{"role": "user", "content": "What is 12 * 34?"}]
+    first = llama.chat("pico", asked, tools=tools, options={"temperature": 0}).message
+    (call,) = first.tool_calls or ()
+    assert call.function.arguments == {"expression": "12 * 34"}
+    asked += [first.model_dump(), {"role": "tool", "tool_name": "calculator", "content": "408"}]
+    second = llama.chat("pico", asked, tools=tools, options={"temperature": 0}).message
+    assert (second.content or "").strip() == "408"
+    assert [model.model for model in llama.list().models] == ["pico-q8_0"]
+    assert llama.show("pico").capabilities == ["completion", "tools", "thinking"]
+    assert llama.ps().models[0].context_length
+    with pytest.raises(ollama.ResponseError, match="is not served"):
+        llama.pull("nano")
