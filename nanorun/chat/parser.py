@@ -49,6 +49,8 @@ class ReplyParser:
             what looks like a call is text.
         stop: Texts that end the answer, the first to be complete; none of it comes out.
             Thinking and tool calls are not searched.
+        continues: Whether the prompt ended in the middle of the thinking or answer: white space is
+            then kept from the beginning, and tags are no longer at it.
         id_prefix: What the ids of tool calls start with; random by default.
     """
 
@@ -58,6 +60,7 @@ class ReplyParser:
         starts_in_thinking: bool,
         tools: Iterable[Mapping[str, Any]] = (),
         stop: Sequence[str] = (),
+        continues: bool = False,
         id_prefix: str | None = None,
     ) -> None:
         self.stopped_by: str | None = None
@@ -90,6 +93,10 @@ class ReplyParser:
         self._n_quoted = 0
         """Opening tags that were text of the answer, and await their closing tags."""
         self._enter("thinking" if starts_in_thinking else "answer")
+        if continues:
+            self._skip = None
+            self._has_text = True
+            self._has_answered = not starts_in_thinking
 
     @property
     def in_thinking(self) -> bool:

@@ -71,6 +71,19 @@ class RenderedPrompt:
         return (*groups, tuple(rest))
 
 
+@dataclass(frozen=True, slots=True)
+class BegunReply:
+    """A prompt that ends in the middle of its last message, the assistant's."""
+
+    prompt: RenderedPrompt
+    text: str
+    """What the message says, to its end."""
+    in_thinking: bool
+    """Whether that is thinking, and not the answer."""
+    lost_blanks: str
+    """White space at the end of the message that the template leaves out."""
+
+
 def _cut(segments: Sequence[Segment], n_chars: int) -> tuple[list[Segment], list[Segment]]:
     """Split segments after `n_chars` characters."""
     before: list[Segment] = []

@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby, takewhile
-from operator import itemgetter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
 
+from nanorun.chat.marks import SURROGATE, Marks, well_formed
 from nanorun.chat.markup import END_THINK, THINK
-from nanorun.chat.prompt import Boundary, BoundaryKind, RenderedPrompt, Segment
+from nanorun.chat.prompt import BegunReply, BoundaryKind, RenderedPrompt
 from nanorun.chat.sandbox import BoundedEnvironment, TemplateRefusal, allowance_for
 from nanorun.errors import ModelError, NanorunError, UsageError
 from nanorun.model.chat import Message
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_FIRST_MARK = 0xD800
 _TURN_MARK = "\udfff"
 """Put in front of a user's content to find where the turn came to lie."""
-_N_MARKS = 0xDFFF - 0xD800
 _MEANINGFUL_NULLS = ("default", "const")
 _MAX_DEPTH = 100
 """Of tools and arguments; whoever walks them later recurses too."""
@@ -60,11 +56,11 @@ class ChatTemplate:
     ) -> None:
         self.name = name
         self.source = source
-        self._marks = _Marks(special_tokens, [source, *(named_tokens or {}).values()])
+        self._marks = Marks(special_tokens, [source, *(named_tokens or {}).values()])
         self._named = {k: self._marks.mark(v) for k, v in (named_tokens or {}).items()}
         environment = BoundedEnvironment()
         try:
-            tree = environment.parse(_well_formed(source))
+            tree = environment.parse(well_formed(source))
             self._marks.mark_constants(tree)
             self._template = environment.compile_bounded(tree)
         except jinja2.TemplateSyntaxError as error:
@@ -97,16 +93,94 @@ class ChatTemplate:
             ModelError: If the template fails, or takes more work than templates are allowed.
         """
         dicts = [message_dict(message) for message in messages]
-        scope = {
+        scope = self._scope(tools, enable_thinking, truncate_history_thinking, extra)
+        marked = self._run(dicts, scope, add_generation_prompt)
+        places = self._places(dicts, scope, marked)
+        return self._marks.prompt(marked, places)
+
+    def render_begun(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        enable_thinking: bool,
+        truncate_history_thinking: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ) -> BegunReply:
+        """Render a conversation up to where the text of its last message ends.
+
+        That is the end of the content, or of the thinking if there is nothing else. White space at
+        its end is kept if the template keeps it.
+
+        Args:
+            messages: The conversation; its last message is the assistant's.
+            tools: As in `render`, like the others.
+            enable_thinking: Whether replies start with thinking.
+            truncate_history_thinking: Whether thinking before the last question is left out.
+            extra: Further variables of the template.
+
+        Raises:
+            UsageError: If the template changes the text, so that its end is not found, or refuses
+                these messages.
+            ModelError: If the template fails, or takes more work than templates are allowed.
+        """
+        opened = _opened(messages[-1])
+        in_thinking = bool(opened.thinking) and not opened.content
+        *before, last = [message_dict(message) for message in (*messages[:-1], opened)]
+        scope = self._scope(tools, enable_thinking, truncate_history_thinking, extra)
+        begun = last["thinking" if in_thinking else "content"]
+        whole = self._run([*before, last], scope, False)
+        marked = self._up_to_end([*before, last], scope, whole, in_thinking)
+        blanks = begun[len(begun.rstrip()) :]
+        lost = "" if whole.startswith(marked + blanks) else blanks
+        marked += "" if lost else blanks
+        prompt = self._marks.prompt(marked, self._places(before, scope, marked))
+        return BegunReply(prompt, begun.removesuffix(lost), in_thinking, lost)
+
+    def _up_to_end(
+        self, messages: list[dict[str, Any]], scope: dict[str, Any], whole: str, in_thinking: bool
+    ) -> str:
+        """What is rendered up to the last visible character of the last message's text.
+
+        A mark is put there. The place is trusted only if the mark changes nothing else.
+
+        Args:
+            messages: The conversation.
+            scope: The template's variables.
+            whole: What is rendered without the mark.
+            in_thinking: Whether the text is the message's thinking, and not its content.
+        """
+        *before, last = messages
+        names = ("thinking", "reasoning_content") if in_thinking else ("content",)
+        text = last[names[0]]
+        n_seen = len(text.rstrip())
+        noted = dict.fromkeys(names, text[:n_seen] + _TURN_MARK + text[n_seen:])
+        head, *tails = self._run([*before, {**last, **noted}], scope, False).split(_TURN_MARK)
+        heads = [head] if n_seen else [head, head.rstrip()]  # of an empty answer nothing is kept
+        is_same = len(tails) == 1 and whole in [start + tails[0] for start in heads]
+        if not is_same or not head.endswith(text.strip()):
+            what = "thinking" if in_thinking else "content"
+            raise UsageError(
+                f"the chat template of {self._called} changes the {what} of the last message, so "
+                "it cannot be continued"
+            )
+        return head
+
+    def _scope(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        enable_thinking: bool,
+        truncate_history_thinking: bool,
+        extra: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """The template's variables."""
+        return {
             **_plain(extra or {}, "template variables"),
             **self._named,
             "tools": [_without_nulls(_plain(tool, "tools")) for tool in tools] or None,
             "enable_thinking": enable_thinking,
             "truncate_history_thinking": truncate_history_thinking,
         }
-        marked = self._run(dicts, scope, add_generation_prompt)
-        places = self._places(dicts, scope, marked)
-        return self._marks.prompt(marked, places)
 
     def _run(
         self, messages: list[dict[str, Any]], scope: dict[str, Any], add_generation_prompt: bool
@@ -167,7 +241,7 @@ class ChatTemplate:
         messages: list[dict[str, Any]],
     ) -> list[tuple[int, BoundaryKind, int]]:
         """Move each turn's start back to the control token that opens it."""
-        controls = [match.start() for match in _SURROGATE.finditer(marked)]
+        controls = [match.start() for match in SURROGATE.finditer(marked)]
         edges: list[tuple[int, BoundaryKind, int]] = []
         last = 0
         for n_before, (start, i_message) in enumerate(zip(starts, turns, strict=True)):
@@ -190,102 +264,29 @@ class ChatTemplate:
         return ModelError(f"the chat template of {self._called} fails: {self._marks.unmark(why)}")
 
 
-class _Marks:
-    """One lone surrogate for each control token that a template spells."""
-
-    def __init__(self, special_tokens: Iterable[str], spelled_in: Sequence[str]) -> None:
-        tokens = sorted({token for token in special_tokens if token})
-        self._special = re.compile(_any_of(tokens)) if tokens else None
-        used = [token for token in tokens if any(token in source for source in spelled_in)]
-        if len(used) > _N_MARKS:
-            raise ModelError(f"the chat template spells {len(used)} different control tokens")
-        self._mark_of = {token: chr(_FIRST_MARK + i) for i, token in enumerate(used)}
-        self._token_of = {mark: token for token, mark in self._mark_of.items()}
-
-    def mark(self, text: str) -> str:
-        """`text` with marks for the control tokens in it."""
-        if self._special is None:
-            return text
-        return self._special.sub(lambda match: self._mark_of.get(match[0], match[0]), text)
-
-    def unmark(self, text: str) -> str:
-        """`text` with the control tokens that its marks stand for."""
-        return _SURROGATE.sub(lambda match: self._token_of.get(match[0], ""), text)
-
-    def mark_constants(self, tree: nodes.Template) -> None:
-        """Mark the control tokens in the texts of a parsed template."""
-        for data in tree.find_all(nodes.TemplateData):
-            data.data = self.mark(data.data)
-        for const in tree.find_all(nodes.Const):
-            if isinstance(const.value, str):
-                const.value = self.mark(_well_formed(const.value))
-
-    def prompt(
-        self, marked: str, places: Sequence[tuple[int, BoundaryKind, int]]
-    ) -> RenderedPrompt:
-        """Turn marks back into tokens, and runs of text with typed tokens into plain segments."""
-        joined: list[tuple[list[str], bool]] = []
-        offset_of: dict[int, int] = {}
-        at = n_chars = 0
-        for piece in re.split("([\ud800-\udfff])", marked):
-            offset_of[at] = n_chars
-            text = self._token_of.get(piece, piece)
-            if text:
-                special = text is not piece or self._is_harmless(text)
-                if not joined or joined[-1][1] is not special:
-                    joined.append(([], special))
-                joined[-1][0].append(text)
-            at += len(piece)
-            n_chars += len(text)
-        segments = tuple(Segment("".join(texts), special) for texts, special in joined)
-        boundaries = (Boundary(offset_of[place], kind, i) for place, kind, i in places)
-        return RenderedPrompt(segments, tuple(boundaries))
-
-    def _is_harmless(self, text: str) -> bool:
-        return self._special is None or self._special.search(text) is None
-
-
-def _any_of(tokens: Sequence[str]) -> str:
-    """A pattern for any of the sorted `tokens`, the longest that fits, as tokenizers match them.
-
-    It branches letter by letter: a vocabulary has a thousand control tokens that all begin alike,
-    and trying each at every `<` of a long prompt takes seconds.
-    """
-    first, last = tokens[0], tokens[-1]
-    pairs = zip(first, last, strict=False)
-    n_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    prefix = first[:n_common]
-    rests = [token[len(prefix) :] for token in tokens]
-    branches = [list(group) for _, group in groupby(filter(None, rests), key=itemgetter(0))]
-    if not branches:
-        return re.escape(prefix)
-    inner = "|".join(map(_any_of, branches))
-    return f"{re.escape(prefix)}(?:{inner}){'?' if '' in rests else ''}"
-
-
 def message_dict(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it."""
     thinking, content = message.thinking, message.content
     if message.role == "assistant" and not thinking:
         thinking, content = _inline_thinking(content)
-    plain: dict[str, Any] = {"role": message.role, "content": _well_formed(content)}
+    plain: dict[str, Any] = {"role": message.role, "content": well_formed(content)}
     if thinking is not None:
         # transformers offers it under both names.
-        plain["reasoning_content"] = plain["thinking"] = _well_formed(thinking)
+        plain["reasoning_content"] = plain["thinking"] = well_formed(thinking)
     if message.tool_calls:
         plain["tool_calls"] = [
             {
                 "id": call.id,
                 "type": "function",
                 "function": {
-                    "name": _well_formed(call.name),
+                    "name": well_formed(call.name),
                     "arguments": _plain(call.arguments, f"the arguments of {call.name}"),
                 },
             }
             for call in message.tool_calls
         ]
     if message.tool_call_id is not None:
-        plain["tool_call_id"] = _well_formed(message.tool_call_id)
+        plain["tool_call_id"] = well_formed(message.tool_call_id)
     return plain
 
 
@@ -295,9 +296,12 @@ def _inline_thinking(content: str) -> tuple[str | None, str]:
     return (match[1].strip("\n"), match[2].lstrip("\n")) if match else (None, content)
 
 
-def _well_formed(text: str) -> str:
-    """`text` with lone surrogates replaced: no tokenizer takes them, and marks are made of them."""
-    return _SURROGATE.sub("\ufffd", text)
+def _opened(message: Message) -> Message:
+    """A message with the thinking that its text opens and does not close told apart."""
+    match = re.match(rf"\s*{THINK}\n?(?!.*{END_THINK})(.*)", message.content, re.DOTALL)
+    if message.thinking or match is None:
+        return message
+    return replace(message, thinking=match[1], content="")
 
 
 def _plain(value: Any, what: str) -> Any:
@@ -314,9 +318,9 @@ def _copy(value: Any, depth: int) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
-        return _well_formed(value)
+        return well_formed(value)
     if isinstance(value, Mapping):
-        return {_well_formed(str(key)): _copy(item, depth + 1) for key, item in value.items()}
+        return {well_formed(str(key)): _copy(item, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_copy(item, depth + 1) for item in value]
     raise TypeError(f"{type(value).__name__} is not a JSON value")

@@ -108,6 +108,9 @@ class GenerateOptions(SamplingFields):
     """Go on past the end of the turn, for benchmarks."""
     keep_thinking: bool = False
     """Leave the thinking of earlier turns in the prompt: append-only, and longer."""
+    continue_final: bool = False
+    """Go on with the last message, an assistant's, instead of answering it: with its content, or
+    with its thinking if it has nothing else. The reply is only what is added."""
     echo_thinking: bool | None = True
     """Whether the next turn will carry this reply's thinking back; None if that is not known yet.
     Templates render a turn differently with and without it, so the engine reads ahead what it

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from nanorun.model.chat import Event, GenerateOptions, ModelInfo, Prompt
+from nanorun.model.engine_state import EngineState
 
 
 class Client(Protocol):
@@ -26,6 +27,14 @@ class Client(Protocol):
 
     def generate(self, prompt: Prompt, options: GenerateOptions) -> Generation:
         """Begin a reply to a conversation, or the text that follows a raw prompt."""
+
+
+class LocalClient(Client, Protocol):
+    """A client whose model is loaded, and unloaded, on this machine."""
+
+    @property
+    def state(self) -> EngineState:
+        """What becomes of a request that comes now."""
 
 
 class Generation(Protocol):

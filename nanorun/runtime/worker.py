@@ -25,7 +25,7 @@ from nanorun.runtime.engine import request as engine_request
 from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.forms import FREE, compile_form, needs_form
 from nanorun.runtime.engine.prompts import SHORT_CHARS, is_short
-from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn, prepare_readings
+from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn, begin_turn, prepare_readings
 from nanorun.runtime.engine.request import prepare_request
 from nanorun.runtime.llama.loaded_model import LoadedModel
 from nanorun.runtime.measure.perplexity import score_text
@@ -257,7 +257,7 @@ class Worker:
         def prepare(job: Job[Request]) -> Prepared:
             form = compile_form(engine.model, options) if needs_form(options) else FREE
             request = prepare_request(asked.id, engine.model, prompt, options, form.form, job.check)
-            return Prepared(request, form.notices)
+            return Prepared(request, (*form.notices, *request.notices))
 
         def submit(prepared: Prepared) -> None:
             for notice in prepared.notices:
@@ -269,7 +269,7 @@ class Worker:
             if (reading := self._ahead.interrupt(messages)) is not None:
                 self._beside.cancel(reading)
             if messages:
-                self._turns[asked.id] = Turn(messages, options)
+                self._turns[asked.id] = begin_turn(messages, options)
             for control in job.controls:
                 self._answer(engine, control)
 

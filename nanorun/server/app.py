@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
 from nanorun import __version__
-from nanorun.runtime.protocol import Client
+from nanorun.runtime.protocol import LocalClient
 from nanorun.server.anthropic.messages import messages_routes
 from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
+from nanorun.server.health import health_routes
+from nanorun.server.index import index_routes
 from nanorun.server.model_names import ModelNames
 from nanorun.server.ollama.routes import ollama_routes
 from nanorun.server.openai.chat import chat_routes
 from nanorun.server.openai.completions import completions_routes
 from nanorun.server.openai.models import models_routes
+from nanorun.server.openai.responses.routes import Responses, responses_routes
+from nanorun.server.openai.responses.store import ResponseStore
 from nanorun.server.service import Service
 from nanorun.server.settings import ServerSettings
 
 
 def create_app(
-    client: Client, *, model_name: str, settings: ServerSettings | None = None
+    client: LocalClient, *, model_name: str, settings: ServerSettings | None = None
 ) -> FastAPI:
     """The endpoint over one model.
 
@@ -31,32 +36,33 @@ def create_app(
         settings: Limits and rules; those of a loopback endpoint by default.
     """
     settings = settings or ServerSettings()
-    service = Service(client, ModelNames(model_name, any_name=settings.any_model), settings)
+    names = ModelNames(model_name, settings.aliases, any_name=settings.any_model)
+    service = Service(client, names, settings)
+    store = ResponseStore(
+        settings.responses_file,
+        max_age_s=settings.responses_max_age_s,
+        max_bytes=settings.responses_max_bytes,
+    )
+    responses = Responses(service, store)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncGenerator[None]:
+        yield
+        await responses.close()
+
     # Swagger's pages would load scripts from the network.
-    app = FastAPI(title="nanorun", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="nanorun", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan
+    )
     app.add_middleware(Gate, settings=settings)
     install_handlers(app)
 
-    @app.get("/", include_in_schema=False)
-    @app.get("/v1", include_in_schema=False)
-    async def point_the_way() -> dict[str, Any]:
-        """Say what is where."""
-        return {
-            "nanorun": __version__,
-            "model": model_name,
-            "paths": sorted(app.openapi()["paths"]),
-        }
-
-    @app.head("/health", include_in_schema=False)
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """Whether requests can be answered."""
-        service.info()
-        return {"status": "ok", "model": model_name, "n_active": service.admission.n_active}
-
+    app.include_router(health_routes(client, model_name, service.admission))
+    app.include_router(index_routes(model_name))
     app.include_router(models_routes(service))
     app.include_router(chat_routes(service))
     app.include_router(completions_routes(service))
+    app.include_router(responses_routes(responses))
     app.include_router(messages_routes(service))
     if settings.ollama:
         app.include_router(ollama_routes(service))

@@ -103,6 +103,7 @@ class Service:
             async for i_choice, event in events:
                 if event is not None:
                     writer.take(i_choice, event)
+        await writer.settle()
         return writer.whole()
 
     async def _pieces(self, asked: Asked, writer: Writer) -> AsyncGenerator[bytes, None]:
@@ -119,6 +120,7 @@ class Service:
                     if piece:
                         has_begun = True
                         yield piece
+            await writer.settle()
             yield b"".join(writer.closing())
         except Exception as error:
             if not has_begun:

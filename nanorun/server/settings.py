@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanorun.model.think import MEDIUM, Think
 
@@ -18,10 +19,14 @@ class ServerSettings:
     """The address it is bound to; decides whether Host and Origin are checked."""
     api_keys: tuple[str, ...] = ()
     """Any of these lets a request in; none means that no key is asked for."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Further names (`Host`) under which this machine may be asked."""
-    allowed_origins: tuple[str, ...] = ()
-    """Pages of elsewhere (`Origin`) that may ask; `*` for any."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins whose pages may ask and read answers; `*` for all."""
+    allow_hosts: tuple[str, ...] = ()
+    """Further names that requests may call the endpoint by; `*` for all."""
+    tls_cert: Path | None = None
+    """Certificate (PEM) to answer over TLS with; None for plain HTTP."""
+    tls_key: Path | None = None
+    """The certificate's private key."""
     n_parallel: int = 4
     """Requests the engine answers at the same time."""
     max_queued: int = 512
@@ -35,17 +40,20 @@ class ServerSettings:
     think: Think = MEDIUM
     """Reasoning depth of requests that name none."""
 
+    aliases: tuple[str, ...] = ()
+    """Further names of the model."""
     any_model: bool = False
     """Whether requests may name any model; the one there is answers."""
     ollama: bool = True
     """Whether Ollama's routes are served."""
+    responses_file: Path | None = None
+    """Where /v1/responses keeps what it answered; None for memory only."""
+    responses_max_age_s: float = 30 * 24 * 3600.0
+    """How long; OpenAI's is 30 days, too."""
+    responses_max_bytes: int = 256 * MIB
+    """How much."""
     thinking_fields: tuple[str, ...] = ("reasoning",)
     """Names under which chat completions give the thinking."""
-
-    def allows_origin(self, origin: str) -> bool:
-        """Whether a page of that origin may ask and read the answer."""
-        allowed = {known.rstrip("/").lower() for known in self.allowed_origins}
-        return "*" in allowed or origin.lower() in allowed
 
     @property
     def is_local(self) -> bool:

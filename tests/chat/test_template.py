@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nanorun.chat.prompt import RenderedPrompt, Segment
+from nanorun.chat.prompt import BegunReply, RenderedPrompt, Segment
 from nanorun.chat.template import ChatTemplate
 from nanorun.errors import ModelError, UsageError
 from nanorun.model.chat import Message, ToolCall
@@ -422,3 +422,82 @@ def test_deep_values_render_or_are_refused(template: ChatTemplate, depth: int) -
     else:
         with pytest.raises(UsageError, match="the arguments of f: nested too deeply"):
             template.render(messages, enable_thinking=True)
+
+
+# -- going on with the last message -----------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ TEXT }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTION = Message("user", "2 + 2?")
+
+
+def chatml(text: str) -> ChatTemplate:
+    return ChatTemplate(CHATML.replace("TEXT", text), special_tokens=CONTROL_TOKENS)
+
+
+def begun(template: ChatTemplate, *messages: Message) -> BegunReply:
+    return template.render_begun(messages, enable_thinking=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "thinking", "ends", "text", "in_thinking", "lost"),
+    [
+        ("It is", None, "<think></think>It is", "It is", False, ""),
+        ("It is \n", None, "<think></think>It is", "It is", False, " \n"),
+        ("It is", "so", "<think>\nso\n</think>\nIt is", "It is", False, ""),
+        ("", "so \n", "<think>\nso \n", "so \n", True, ""),
+        ("<think>\nso", None, "<think>\nso", "so", True, ""),
+        ("<think>\nso\n</think>\n\n", None, "<think>\nso\n</think>\n", "", False, ""),
+        ("<think>\nso\n</think>\nIt", None, "<think>\nso\n</think>\nIt", "It", False, ""),
+        ("", None, "<think></think>", "", False, ""),
+        ("a<|im_end|>", None, "<think></think>a<|im_end|>", "a<|im_end|>", False, ""),
+    ],
+)
+def test_prompt_ends_where_the_last_message_does(
+    template: ChatTemplate,
+    content: str,
+    thinking: str | None,
+    ends: str,
+    text: str,
+    in_thinking: bool,
+    lost: str,
+) -> None:
+    for before in ([QUESTION], [QUESTION, Message("assistant", "5", thinking="hm"), QUESTION]):
+        reply = begun(template, *before, Message("assistant", content, thinking=thinking))
+        history = template.render(before, enable_thinking=True, add_generation_prompt=False)
+        assert reply.prompt.text == f"{history.text}<|im_start|>assistant\n{ends}"
+        assert (reply.text, reply.in_thinking, reply.lost_blanks) == (text, in_thinking, lost)
+        # The history is where the state of the conversation is.
+        answered = template.render(before, enable_thinking=True)
+        assert reply.prompt.boundaries == answered.boundaries
+        assert Segment("a<|im_end|>", True) not in reply.prompt.segments
+
+
+def test_blanks_at_the_end_are_kept_where_the_template_keeps_them() -> None:
+    message = Message("assistant", " 4 \n ")
+    kept = begun(chatml("m.content"), QUESTION, message)
+    assert kept.prompt.text.endswith("assistant\n 4 \n ") and not kept.lost_blanks
+    lost = begun(chatml("m.content | trim"), QUESTION, message)
+    assert lost.prompt.text.endswith("assistant\n4") and lost.lost_blanks == " \n "
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "m.content | upper | replace('F', 'G')",
+        "m.content[:3]",
+        "m.content | length",
+        "m.content ~ m.content",
+        "'' if m.role == 'assistant' else m.content",
+    ],
+)
+def test_message_that_the_template_changes_is_not_continued(text: str) -> None:
+    with pytest.raises(UsageError, match="changes the content of the last message"):
+        begun(chatml(text), QUESTION, Message("assistant", "four"))
+
+
+def test_thinking_that_the_template_leaves_out_is_not_continued() -> None:
+    with pytest.raises(UsageError, match="changes the thinking of the last message"):
+        begun(chatml("m.content"), QUESTION, Message("assistant", thinking="so"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -57,6 +58,22 @@ def said_by(message: Any) -> tuple[str, str]:
     return thinking, "".join(b.text for b in message.content if b.type == "text")
 
 
+def thinking_in(response: Any) -> str:
+    """Thinking of a response."""
+    items = [item for item in response.output if item.type == "reasoning"]
+    return "".join(part.text for item in items for part in item.content)
+
+
+def _respond_both_ways(client: openai.OpenAI, **arguments: Any) -> list[Any]:
+    """A response made whole, and one that the client built of a stream."""
+    whole = client.responses.create(**arguments)
+    with client.responses.stream(**arguments) as stream:
+        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        streamed = stream.get_final_response()
+    assert text == streamed.output_text
+    return [whole, streamed]
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_every_api_says_the_same(
     url: str, claude: anthropic.Anthropic, llama: ollama.Client, question: str
@@ -66,8 +83,13 @@ def test_every_api_says_the_same(
         reply = client.chat.completions.create(
             model="pico", messages=asked, temperature=0, max_tokens=200
         )
+        responses = _respond_both_ways(
+            client, input=asked, temperature=0, max_output_tokens=200, model="pico"
+        )
     said = reply.choices[0].message
     expected = (said.reasoning or "", said.content or "")  # type: ignore[attr-defined]
+    for response in responses:
+        assert (thinking_in(response), response.output_text) == expected
     arguments: dict[str, Any] = {"model": "pico", "messages": asked, "max_tokens": 200,
                                  "extra_body": {"temperature": 0}}  # fmt: skip
     assert said_by(claude.messages.create(**arguments)) == expected
@@ -151,3 +173,37 @@ def test_ollamas_client_calls_the_calculator_and_sees_the_model(llama: ollama.Cl
     assert llama.ps().models[0].context_length
     with pytest.raises(ollama.ResponseError, match="is not served"):
         llama.pull("nano")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_responses_call_the_calculator_and_say_what_it_said(
+    url: str, streamed: bool, stored: bool
+) -> None:
+    """Stored, the second request names the first; else it sends everything back."""
+    parameters = {**CALCULATOR["input_schema"], "additionalProperties": False}
+    function = {"type": "function", "name": "calculator", "strict": True, "parameters": parameters}
+    asked: list[Any] = [{"role": "user", "content": "Use the calculator: what is 12 + 34?"}]
+    ask = {"model": "pico", "tools": [function], "max_output_tokens": 400, "store": stored}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        first = _respond(client, streamed, input=asked, tool_choice="required", **ask)
+        (call,) = [item for item in first.output if item.type == "function_call"]
+        assert set(json.loads(call.arguments)) == {"expression"}
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "46"}
+        if stored:
+            ask |= {"input": [result], "previous_response_id": first.id}
+        else:
+            given = [item.model_dump(exclude_none=True) for item in first.output]
+            ask["input"] = [*asked, *given, result]
+        second = _respond(client, streamed, **ask)
+    assert "46" in second.output_text
+    n_new = second.usage.input_tokens - first.usage.input_tokens
+    n_read = second.usage.input_tokens - second.usage.input_tokens_details.cached_tokens
+    assert n_read <= n_new + 16
+
+
+def _respond(client: openai.OpenAI, streamed: bool, **arguments: Any) -> Any:
+    if not streamed:
+        return client.responses.create(**arguments)
+    with client.responses.stream(**arguments) as stream:
+        return stream.get_final_response()

@@ -401,7 +401,7 @@ async def loading(
     """The start of a client whose model never ends loading; who waits for it waits for ever."""
     monkeypatch.setattr(child_module, "_CLOSE_TIMEOUT_S", 1e6)
     run_instead(
-        "def load(*args):\n"
+        "def load(*args, **others):\n"
         f"    open({str(tmp_path / 'loads')!r}, 'w').close()\n"
         "    time.sleep(1e6)\n"
         "worker.LoadedModel = load"

@@ -31,6 +31,7 @@ from nanorun.model.chat import (
     arguments_text,
 )
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.engine_state import EngineState
 from nanorun.plan.shape import ModelShape, shape_of_recipe
 from tests.model.known_archs import TINY_MOE
 
@@ -194,6 +195,7 @@ class FakeClient:
     n_starts: int = 0
     n_closes: int = 0
     options: EngineOptions = field(default_factory=EngineOptions)
+    state: EngineState = field(default_factory=lambda: EngineState("ready", since=0.0))
 
     @classmethod
     def playing(cls, *scripts: list[Step], **options: Any) -> FakeClient:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -27,19 +28,19 @@ if TYPE_CHECKING:
 _NETWORK = "Network"
 
 
-class ThinkingField(StrEnum):
-    """Names of the thinking in chat completions."""
+class ReasoningField(StrEnum):
+    """Names under which chat completions can give the thinking."""
 
     REASONING = "reasoning"
     REASONING_CONTENT = "reasoning_content"
     BOTH = "both"
 
-
-_THINKING_FIELDS = {
-    ThinkingField.REASONING: ("reasoning",),
-    ThinkingField.REASONING_CONTENT: ("reasoning_content",),
-    ThinkingField.BOTH: ("reasoning", "reasoning_content"),
-}
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are sent."""
+        if self is ReasoningField.BOTH:
+            return ("reasoning", "reasoning_content")
+        return (self.value,)
 
 
 def command(
@@ -80,7 +81,9 @@ def command(
         typer.Option(
             "--allow-origin",
             metavar="ORIGIN",
-            help="Page of elsewhere that may ask (https://app.example, * for any); repeatable.",
+            help="Origin whose pages may ask and read answers (https://app.example, null, *);"
+            " may be repeated.",
+            show_default=False,
             rich_help_panel=_NETWORK,
         ),
     ] = None,
@@ -89,7 +92,29 @@ def command(
         typer.Option(
             "--allow-host",
             metavar="NAME",
-            help="Further name of this machine (host.docker.internal); repeatable.",
+            help="Further name that requests may call this endpoint by (host.docker.internal);"
+            " may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            metavar="FILE",
+            help="Certificate (PEM): answer over https.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-key",
+            metavar="FILE",
+            help="The certificate's private key (PEM, no password).",
+            show_default=False,
             rich_help_panel=_NETWORK,
         ),
     ] = None,
@@ -99,14 +124,26 @@ def command(
             "--max-queued",
             metavar="N",
             min=0,
-            help="Requests that may wait; further ones are sent away with 429.",
+            help="Requests that may wait; the next is told to come back later (429).",
             rich_help_panel=_NETWORK,
         ),
     ] = 512,
+    aliases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--alias",
+            metavar="NAME",
+            help="Further name of the model towards clients; may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     any_model: Annotated[
         bool,
         typer.Option(
-            "--any-model", help="Answer whatever model a request names.", rich_help_panel=_NETWORK
+            "--any-model",
+            help="Answer to every model name that clients send.",
+            rich_help_panel=_NETWORK,
         ),
     ] = False,
     ollama: Annotated[
@@ -115,14 +152,14 @@ def command(
             "--ollama/--no-ollama", help="Serve Ollama's routes, too.", rich_help_panel=_NETWORK
         ),
     ] = True,
-    thinking_field: Annotated[
-        ThinkingField,
+    reasoning_field: Annotated[
+        ReasoningField,
         typer.Option(
             "--reasoning-field",
-            help="Name under which chat completions give the thinking.",
+            help="Where chat completions give the thinking.",
             rich_help_panel=_NETWORK,
         ),
-    ] = ThinkingField.REASONING,
+    ] = ReasoningField.REASONING,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
     n_parallel: Annotated[
@@ -152,27 +189,34 @@ def command(
 ) -> None:
     """Answer over HTTP, in the words of OpenAI, Anthropic and Ollama.
 
-    Serves /v1/chat/completions, /v1/completions, /v1/models, /v1/messages, Ollama's /api/chat,
-    /api/generate, /api/tags, /api/show and /api/ps, and /health. SIGTERM or Ctrl-C lets answers
-    under way finish; a second Ctrl-C does not.
+    Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/messages, Ollama's
+    /api/chat and /api/generate, and /health; GET / lists all. SIGTERM or Ctrl-C lets answers under
+    way finish; a second Ctrl-C does not.
     """
+    from nanorun.library.local import responses_file
     from nanorun.runtime.client import EngineClient
     from nanorun.server.listen import bind
     from nanorun.server.settings import ServerSettings
+    from nanorun.server.tls import check_pair
 
     settings = ServerSettings(
         host=host,
         api_keys=tuple(api_keys or ()),
+        allow_origins=tuple(allow_origins or ()),
+        allow_hosts=tuple(allow_hosts or ()),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
         n_parallel=n_parallel,
-        think=Think.parse(think),
-        allowed_origins=tuple(allow_origins or ()),
-        allowed_hosts=tuple(allow_hosts or ()),
         max_queued=max_queued,
+        aliases=tuple(aliases or ()),
         any_model=any_model,
         ollama=ollama,
-        thinking_fields=_THINKING_FIELDS[thinking_field],
+        responses_file=responses_file() if state else None,
+        thinking_fields=reasoning_field.names,
+        think=Think.parse(think),
     )
     check_keys(settings)
+    check_pair(tls_cert, tls_key)
     show_logs(verbose=verbose)
     path = find_model(model)
     fixed = EngineOptions(
@@ -232,7 +276,7 @@ async def _serve(
         status.clear()
         log_memory(opening, client.options, client.pid)
         greeting = (
-            f"serving {name} on {url_of(listener)} "
+            f"serving {name} on {url_of(listener, tls=settings.tls_cert is not None)} "
             f"(n_ctx {info.n_ctx}, {settings.n_parallel} in parallel, {info.device})"
         )
         # The server repeats the signal that stopped it once it is done; ending well is no failure.

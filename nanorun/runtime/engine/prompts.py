@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -21,6 +22,10 @@ Check = Callable[[], None]
 
 SHORT_CHARS = 2**14
 """Text of this length is tokenized in some milliseconds, less than a batch takes."""
+_LOST_BLANKS = (
+    "the model's chat template leaves out white space at the end of a message, so the reply goes "
+    "on without it"
+)
 _N_WORTH_KEEPING = 64
 """Tokens of a raw prompt from which on it is worth a checkpoint at its end."""
 
@@ -39,6 +44,10 @@ class MadePrompt:
     """Tokens before the first question, which other conversations begin with as well."""
     plain: bool = False
     """Whether it is a raw prompt, so that nothing is read from the reply."""
+    begun: str | None = None
+    """The thinking or answer that it ends with, to be continued; None if the reply begins."""
+    notices: tuple[str, ...] = ()
+    """What its sender should know."""
 
 
 def is_short(prompt: Prompt) -> bool:
@@ -62,6 +71,8 @@ def make_prompt(
         return _make_raw(model, prompt, options, check)
     if not prompt:
         raise UsageError("there are no messages to answer")
+    if options.continue_final:
+        return _make_continued(model, prompt, options, check)
     rendered = render(model, prompt, options)
     tokens, boundaries = tokenize_prompt(model, rendered, check)
     if not len(tokens):  # nothing to read is nothing to go on from: the engine would wait for it
@@ -95,12 +106,47 @@ def render(
         UsageError: If it refuses the messages.
         ModelError: If it fails.
     """
-    return model.template.render(
-        messages,
-        tools=options.tools,
-        enable_thinking=not options.think.is_off,
-        truncate_history_thinking=not options.keep_thinking,
-        extra=template_effort(options.think, model.template.source),
+    return model.template.render(messages, **_template_options(model, options))
+
+
+class _TemplateOptions(TypedDict):
+    tools: Sequence[Mapping[str, Any]]
+    enable_thinking: bool
+    truncate_history_thinking: bool
+    extra: Mapping[str, Any]
+
+
+def _template_options(model: LoadedModel, options: GenerateOptions) -> _TemplateOptions:
+    return {
+        "tools": options.tools,
+        "enable_thinking": not options.think.is_off,
+        "truncate_history_thinking": not options.keep_thinking,
+        "extra": template_effort(options.think, model.template.source),
+    }
+
+
+def _make_continued(
+    model: LoadedModel, messages: Sequence[Message], options: GenerateOptions, check: Check
+) -> MadePrompt:
+    """The prompt that ends where the last message does."""
+    last = messages[-1]
+    if last.role != "assistant":
+        raise UsageError(
+            f"only an assistant's message can be continued, and the last is of role {last.role}"
+        )
+    if last.tool_calls:
+        raise UsageError("a message with tool calls cannot be continued: it is complete")
+    begun = model.template.render_begun(messages, **_template_options(model, options))
+    if options.grammar is not None and not begun.in_thinking:
+        raise UsageError("an answer that is continued cannot be held to a grammar from its middle")
+    tokens, boundaries = tokenize_prompt(model, begun.prompt, check)
+    return MadePrompt(
+        tokens,
+        boundaries,
+        begun.in_thinking,
+        n_before_question(messages, begun.prompt, boundaries),
+        begun=begun.text,
+        notices=(_LOST_BLANKS,) if begun.lost_blanks else (),
     )
 
 
@@ -148,8 +194,10 @@ def _check_raw_options(options: GenerateOptions) -> None:
     """Refuse what has no meaning for a raw prompt.
 
     Raises:
-        UsageError: If tools are offered.
+        UsageError: If tools are offered, or a last message is to be continued.
     """
+    if options.continue_final:
+        raise UsageError("a raw prompt has no last message that could be continued")
     if options.tools:
         raise UsageError(
             "a raw prompt cannot offer tools: no template tells the model of them",

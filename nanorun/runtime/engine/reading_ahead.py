@@ -27,14 +27,24 @@ class Turn:
     messages: list[Message]
     options: GenerateOptions
     reply: ReplySoFar = field(default_factory=ReplySoFar)
+    begun: Message = field(default_factory=lambda: Message("assistant"))
+    """What the reply goes on with."""
 
     def next_replies(self) -> list[Message]:
         """The reply in the forms in which the next turn may carry it, the likelier last."""
-        plain = Message("assistant", self.reply.answer.strip())
-        if not self.reply.thinking or self.options.echo_thinking is False:
+        plain = Message("assistant", (self.begun.content + self.reply.answer).strip())
+        thinking = (self.begun.thinking or "") + self.reply.thinking
+        if not thinking or self.options.echo_thinking is False:
             return [plain]
-        full = replace(plain, thinking=self.reply.thinking)
+        full = replace(plain, thinking=thinking)
         return [full] if self.options.echo_thinking else [plain, full]
+
+
+def begin_turn(messages: list[Message], options: GenerateOptions) -> Turn:
+    """The turn that a request asks for."""
+    if options.continue_final:
+        return Turn(messages[:-1], options, begun=messages[-1])
+    return Turn(messages, options)
 
 
 class ReadingAhead:

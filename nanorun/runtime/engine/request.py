@@ -39,6 +39,8 @@ class Request:
     a client says in turns of the user before it. Other conversations begin with them as well."""
     background: bool = False
     """Give way to requests that somebody waits for."""
+    notices: tuple[str, ...] = ()
+    """What its sender should know before the reply."""
 
 
 def prepare_request(
@@ -73,6 +75,7 @@ def prepare_request(
         reply=_settle(model, options, form, made),
         n_prefix=made.n_prefix,
         background=options.priority == "background",
+        notices=made.notices,
     )
 
 
@@ -96,6 +99,7 @@ def _settle(
         stop=options.stop,
         form=form,
         plain=prompt.plain,
+        begun=prompt.begun,
     )
 
 

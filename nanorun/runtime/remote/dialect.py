@@ -69,6 +69,7 @@ VLLM = Dialect(
 OPENAI = Dialect("OpenAI", max_tokens_field="max_completion_tokens", unknown_sampling=_NOT_OPENAIS)
 OTHER = Dialect("OpenAI-style", unknown_sampling=_NOT_OPENAIS)
 
+_CONTINUED = {"add_generation_prompt": False, "continue_final_message": True}
 _BY_OWNER = {"nanorun": NANORUN, "llamacpp": LLAMA_CPP, "vllm": VLLM, "sglang": VLLM}
 
 
@@ -89,11 +90,21 @@ def check_options(prompt: Prompt, options: GenerateOptions) -> int | None:
     Raises:
         UsageError: If not; the same cases as with the local engine.
     """
-    if not isinstance(prompt, RawPrompt) and not prompt:
-        raise UsageError("there are no messages to answer")
+    if not isinstance(prompt, RawPrompt):
+        _check_messages(prompt, options)
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UsageError(f"max_tokens {options.max_tokens} is less than 1")
     return options.think.budget
+
+
+def _check_messages(messages: Sequence[Message], options: GenerateOptions) -> None:
+    if not messages:
+        raise UsageError("there are no messages to answer")
+    if options.continue_final and messages[-1].role != "assistant":
+        raise UsageError(
+            "only an assistant's message can be continued, and the last is of role "
+            f"{messages[-1].role}"
+        )
 
 
 def request_body(
@@ -113,7 +124,7 @@ def request_body(
         options: How to answer. What is None is left to the endpoint.
         thinking_field: The field in which this endpoint was seen to send thinking, if it was.
     """
-    gives_back = options.echo_thinking or options.keep_thinking
+    gives_back = options.echo_thinking or options.keep_thinking or options.continue_final
     fields = dialect.thinking_fields or ((thinking_field,) if thinking_field else ())
     body: dict[str, Any] = {
         "model": model,
@@ -127,6 +138,7 @@ def request_body(
         **_form(dialect, options),
         "stop": list(options.stop) if options.stop and _can_stop(dialect, options) else None,
         **_thinking_body(dialect, options),
+        **(_continuing(dialect, messages[-1]) if options.continue_final else {}),
     }
     return {name: value for name, value in body.items() if value is not None}
 
@@ -150,6 +162,7 @@ def completion_body(
         f"add_bos {prompt.add_bos}": prompt.add_bos is not None,
         "tools": bool(options.tools),
         "logprobs": options.logprobs is not None,
+        "continue_final": options.continue_final,
     }
     for what, is_asked in asked.items():
         if is_asked:
@@ -301,6 +314,21 @@ def message_body(message: Message, thinking_fields: Sequence[str] = ()) -> dict[
     return body
 
 
+def _continuing(dialect: Dialect, last: Message) -> dict[str, Any]:
+    """The words for going on with the last message.
+
+    Raises:
+        UsageError: If the endpoint has none, and would answer the message instead.
+    """
+    if dialect in (OPENAI, OTHER):
+        raise UsageError(
+            f"an endpoint of {dialect.name} cannot be asked to continue the last message"
+        )
+    if not last.content and dialect is not NANORUN:
+        raise UsageError(f"an endpoint of {dialect.name} cannot be asked to continue thinking")
+    return _CONTINUED
+
+
 def continued_body(body: Mapping[str, Any], thinking: str, n_used: int) -> dict[str, Any]:
     """The second of two calls: the same request, its answer begun with thinking that is closed.
 
@@ -313,8 +341,7 @@ def continued_body(body: Mapping[str, Any], thinking: str, n_used: int) -> dict[
     continued = {
         **body,
         "messages": [*body["messages"], begun],
-        "add_generation_prompt": False,
-        "continue_final_message": True,
+        **_CONTINUED,
     }
     if "max_tokens" in body:
         continued["max_tokens"] = max(1, body["max_tokens"] - n_used)

@@ -241,6 +241,13 @@ class RemoteGeneration:
         for event in (*self._take_notices(), *self._finish(reply)):
             yield event
 
+    @property
+    def _goes_on_answering(self) -> bool:
+        """Whether an answer is continued, so that no thinking comes."""
+        if isinstance(self._prompt, RawPrompt) or not self._options.continue_final:
+            return False
+        return bool(self._prompt[-1].content)
+
     async def _first_body(self) -> dict[str, Any]:
         """What the endpoint is asked first; reaches it, and settles how its thinking is held."""
         budget = check_options(self._prompt, self._options)
@@ -262,7 +269,8 @@ class RemoteGeneration:
             self._notices.append(
                 f"the endpoint takes no budget of thinking tokens; effort {effort!r} was asked"
             )
-        if self._control in (Control.ROUTE, Control.CONTINUE) and budget != 0:
+        can_land = self._control in (Control.ROUTE, Control.CONTINUE)
+        if can_land and budget != 0 and not self._goes_on_answering:
             self._landing = Landing(budget, self._options.max_tokens)
             for asked in self._budgets:
                 self._landing.set_budget(asked)
@@ -279,7 +287,7 @@ class RemoteGeneration:
             self._learned.dialect or OTHER,
             self._options,
             response.url,
-            continues=self._before is not None,
+            continues=self._before is not None or self._goes_on_answering,
             raw=self._prompt if isinstance(self._prompt, RawPrompt) else None,
         )
         return self._reply

@@ -41,14 +41,17 @@ class ReasoningDial:
         budget: Thinking tokens allowed; None for no limit.
         max_reply: Tokens the whole reply can have; None for no limit. Thinking gets half of them at
             most, and its grace a quarter, so that the rest can hold an answer.
+        begun: Thinking that is there already and not counted; none if it begins on a new line.
     """
 
-    def __init__(self, budget: int | None, *, max_reply: int | None = None) -> None:
+    def __init__(
+        self, budget: int | None, *, max_reply: int | None = None, begun: bytes = b""
+    ) -> None:
         self.n_thinking = 0
         """Thinking tokens so far."""
         self._max_reply = max_reply
         self._budget = self._capped(budget)
-        self._tail = b"\n"
+        self._tail = (b"\n" + begun)[-8:]
 
     def take(self, piece: bytes) -> None:
         """Count a thinking token, given its bytes."""

@@ -52,12 +52,19 @@ class ReplySettings:
     form: Form | None = None
     plain: bool = False
     """Whether nothing is read from the text: it answers a raw prompt."""
+    begun: str | None = None
+    """The thinking or answer that the prompt ends with and the reply goes on; None if it begins."""
 
 
 def _parser_for(settings: ReplySettings) -> ReplyParser | PlainParser:
     if settings.plain:
         return PlainParser(starts_in_thinking=settings.thinks, stop=settings.stop)
-    return ReplyParser(starts_in_thinking=settings.thinks, tools=settings.tools, stop=settings.stop)
+    return ReplyParser(
+        starts_in_thinking=settings.thinks,
+        tools=settings.tools,
+        stop=settings.stop,
+        continues=settings.begun is not None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +104,8 @@ class Reply:
         self._vocabulary = vocabulary
         self._sampler = sampler
         self._parser = _parser_for(settings)
-        self._dial = ReasoningDial(settings.budget, max_reply=self.n_most)
+        begun = (settings.begun or "").encode("utf-8", "replace")
+        self._dial = ReasoningDial(settings.budget, max_reply=self.n_most, begun=begun)
         self._constraint = Constraint(settings.form) if settings.form else None
         self._forced: deque[int] = deque()
         """Tokens that come next whatever the model wants."""

@@ -22,8 +22,7 @@ def messages_routes(service: Service) -> APIRouter:
         writer = MessagesWriter(service.names.name, asked, shows_thinking=body.shows_thinking)
         return await service.respond(request, asked, writer, stream=bool(body.stream))
 
-    @router.head("/", include_in_schema=False)
-    @router.head("/api/hello", include_in_schema=False)
+    @router.get("/api/hello", include_in_schema=False)
     async def say_hello() -> Response:
         """Answer Claude Code's look whether somebody is here."""
         return Response()

@@ -25,7 +25,7 @@ def completions_routes(service: Service) -> APIRouter:
         )
         return await service.respond(request, asked, writer, stream=bool(body.stream))
 
-    @router.post("/v1/embeddings", response_model=None)
+    @router.post("/v1/embeddings", response_model=None, include_in_schema=False)
     async def embed() -> Response:
         """Say that there are no embeddings."""
         raise ApiError(

@@ -10,7 +10,7 @@ from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Message
 from nanorun.model.reply_so_far import ReplySoFar
 from nanorun.runtime.engine import reading_ahead
-from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn, prepare_readings
+from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn, begin_turn, prepare_readings
 
 MODEL: Any = object()
 
@@ -95,3 +95,15 @@ def test_turn_that_cannot_be_rendered_is_passed_over() -> None:
     ahead = ReadingAhead()
     ahead.add("a", turn("unrenderable"))
     assert read_next(ahead) == []
+
+
+def test_reply_that_was_continued_is_one_message_of_the_next_turn() -> None:
+    question = Message("user", "2 + 2?")
+    begun = Message("assistant", "It ", thinking="so")
+    turn = begin_turn([question, begun], GenerateOptions(continue_final=True))
+    turn.reply = ReplySoFar(answer="is 4 ")
+    assert turn.messages == [question]
+    assert turn.next_replies() == [Message("assistant", "It is 4", thinking="so")]
+    turn = begin_turn([question], GenerateOptions())
+    turn.reply = ReplySoFar(answer="4")
+    assert (turn.messages, turn.next_replies()) == ([question], [Message("assistant", "4")])

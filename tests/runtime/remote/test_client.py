@@ -937,7 +937,30 @@ async def test_what_an_endpoint_has_no_words_for_is_refused_with_a_raw_prompt() 
             (RawPrompt("a", add_bos=False), {}),
             (RawPrompt("a"), {"tools": (TOOL,)}),
             (RawPrompt("a"), {"logprobs": 1}),
+            (RawPrompt("a"), {"continue_final": True}),
         ):
             with pytest.raises(UsageError, match="cannot be asked of an endpoint with a raw"):
                 await go_on(engine, prompt, **options)
+        assert not endpoint.requests
+
+
+# --- going on with the last message ---------------------------------------------------------------
+
+
+async def test_continued_answer_is_text_whatever_the_endpoint_calls_it() -> None:
+    answer = Answer.stream(delta(reasoning=" is"), delta(content=" 4"), delta("stop"))
+    messages = [*QUESTION, Message("assistant", "It")]
+    async with talking(answer, models=[VLLM_MODEL]) as (engine, endpoint):
+        options = GenerateOptions(continue_final=True)
+        events = [event async for event in engine.generate(messages, options)]
+    assert (text_of(events), thinking_of(events)) == (" is 4", "")
+    (request,) = endpoint.requests
+    assert request.body["messages"][-1] == {"role": "assistant", "content": "It"}
+    assert request.body["continue_final_message"] is True
+
+
+async def test_question_is_not_continued() -> None:
+    async with talking(Answer(), models=[VLLM_MODEL]) as (engine, endpoint):
+        with pytest.raises(UsageError, match="the last is of role user"):
+            await ask(engine, continue_final=True)
         assert not endpoint.requests

@@ -211,6 +211,24 @@ def test_thinking_goes_back_only_where_it_is_wanted() -> None:
     assert set(bodies[2]) == {"role", "content"}
 
 
+def test_last_message_is_continued_in_words_that_the_endpoint_knows() -> None:
+    answer, thinking = Message("assistant", "It is"), Message("assistant", thinking="so")
+    options = GenerateOptions(continue_final=True, echo_thinking=False)
+    for dialect in (NANORUN, LLAMA_CPP, VLLM):
+        body = request_body(dialect, "m", [answer], options)
+        assert (body["add_generation_prompt"], body["continue_final_message"]) == (False, True)
+    body = request_body(NANORUN, "m", [thinking], options)
+    assert body["messages"][0]["reasoning_content"] == "so"
+    for dialect, last, says in (
+        (OPENAI, answer, "to continue the last message"),
+        (OTHER, answer, "to continue the last message"),
+        (VLLM, thinking, "to continue thinking"),
+        (LLAMA_CPP, thinking, "to continue thinking"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            request_body(dialect, "m", [last], options)
+
+
 def test_tool_calls_and_results_are_openais() -> None:
     turn = Message("assistant", tool_calls=(ToolCall("c", "f", {"a": "ü"}), ToolCall("", "g", {})))
     body = message_body(turn)

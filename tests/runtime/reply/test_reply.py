@@ -376,3 +376,29 @@ def test_guessing_changes_nothing_that_is_said(
             reply.n_thinking, sum(isinstance(event, ToolCallDelta) for event in events),
         ])  # fmt: skip
     assert seen[0] == seen[1]
+
+
+# -- going on -----------------------------------------------------------------------------------
+
+
+def test_answer_that_is_continued_keeps_its_blanks_and_is_past_thinking() -> None:
+    reply = new_reply(begun="a")
+    _, events = say(reply, NEWLINE, NEWLINE, B, THINK, A)
+    assert reply.phase is Phase.THINKING  # a control token still is what it is
+    assert text_of(events) == "\n\nb"
+    typed = new_reply(begun="a")
+    assert typed.phase is Phase.ANSWERING
+
+
+def test_thinking_that_is_continued_ends_on_a_line_of_its_own() -> None:
+    for begun, closing in (("a", [NEWLINE, END_THINK, NEWLINE]), ("a\n", [END_THINK, NEWLINE])):
+        reply = new_reply(begun=begun, thinks=True, budget=0)
+        said, events = say(reply, B, END)
+        assert said == [*closing, B]
+        assert text_of(events) == "b"
+
+
+def test_thinking_that_is_continued_keeps_its_line_breaks() -> None:
+    _, events = say(new_reply(begun="a", thinks=True), NEWLINE, B, END_THINK, NEWLINE, C, END)
+    assert text_of(events, ThinkingDelta) == "\nb"
+    assert text_of(events) == "c"

@@ -27,7 +27,7 @@ from nanorun.model.chat import (
 )
 from nanorun.model.think import LOW
 from tests.server.conftest import CHAT, Endpoint, Stream, error_of
-from tests.support.fakes import FakeClient, reply
+from tests.support.fakes import reply
 from tests.support.waiting import PATIENCE_S
 
 Make = Callable[..., Endpoint]
@@ -331,17 +331,6 @@ async def test_client_that_leaves_cancels_its_reply(
     assert api.client.last.generation.was_abandoned
     health = (await api.request("GET", "/health")).json()
     assert health["n_active"] == 0
-
-
-async def test_model_that_is_not_loaded_is_not_ready() -> None:
-    class Unloaded(FakeClient):
-        info = None  # type: ignore[assignment]
-
-    from nanorun.server.settings import ServerSettings
-
-    response = await Endpoint(Unloaded(), ServerSettings()).request("GET", "/health")
-    assert response.status_code == 503
-    assert error_of(response)["code"] == "not_ready"
 
 
 UNREADABLE = ToolCallDelta(0, ToolCall("call_0", "", {}), "not a tool call: x")

@@ -346,7 +346,7 @@ def test_forms_become_grammars(fields: dict[str, Any], grammar: Grammar | None) 
 
 
 def test_schema_that_is_missing_is_refused() -> None:
-    with pytest.raises(ApiError, match="has no json_schema"):
+    with pytest.raises(ApiError, match="response_format has no schema"):
         options(response_format={"type": "json_schema"})
 
 
