@@ -232,6 +232,22 @@ async def test_failure_before_the_first_event_has_a_status(
     assert body["message"].startswith(str(error))
 
 
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        (MemoryShortage("the model needs 17.0 GiB", retry_after_s=4.2), "5"),
+        (MemoryPlanError("a context of 8192 tokens could not be allocated"), "30"),
+        (EngineDied("the engine's process was ended by SIGKILL"), "1"),
+        (EngineError("llama_decode failed"), None),
+    ],
+)
+async def test_failure_that_may_pass_says_when_to_try_again(
+    endpoint: Make, error: Exception, seconds: str | None
+) -> None:
+    response = await endpoint([error]).chat()
+    assert response.headers.get("retry-after") == seconds
+
+
 async def test_failure_within_a_stream_is_an_event_and_no_done(endpoint: Make) -> None:
     steps = [TextDelta("so far"), EngineDied("the engine's process was ended by SIGKILL")]
     stream = await endpoint(steps).stream()
