@@ -34,6 +34,7 @@ from nanorun.model.chat import (
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.engine_state import EngineState
 from nanorun.model.memory_needs import MemoryNeeds
+from nanorun.runtime.memory_watch import MemoryReader, MemoryWatch
 from nanorun.runtime.openings import Openings
 from nanorun.runtime.process.child import Child
 from nanorun.runtime.process.frames import (
@@ -53,8 +54,16 @@ from nanorun.runtime.process.frames import (
     Tokenize,
     Tokens,
 )
+from nanorun.runtime.process.machine_memory import MachineMemory
+from nanorun.runtime.process.shortage import nearly_spent
 
 A = TypeVar("A", bound=Answer)
+
+# Longer prompts are not begun while memory is all but spent. Cells and states of a sequence have
+# their place already; making a prompt, reading it in large batches and saving states along it
+# take more.
+_LONG_CHARS = 2**16
+_CHARS_A_TOKEN = 4
 
 
 class EngineClient:
@@ -66,7 +75,8 @@ class EngineClient:
         smaller: What to try, one after the other, when memory runs out: options, and what they
             change in words.
         needs: What each way to open the model takes of main memory; what does not fit is not
-            loaded. Without it, everything counts as fitting.
+            loaded, and memory is watched as long as it is. Without it, everything counts as fitting.
+        memory: Tells how main memory stands.
         keep_alive_s: Idle time after which the model is unloaded; the next request loads it again.
             None to keep it.
     """
@@ -78,10 +88,16 @@ class EngineClient:
         *,
         smaller: Sequence[tuple[EngineOptions, str]] = (),
         needs: MemoryNeeds | None = None,
+        memory: MemoryReader | None = None,
         keep_alive_s: float | None = None,
     ) -> None:
         self._model = model
-        self._openings = Openings(options or EngineOptions(), smaller, needs)
+        memory = memory or MachineMemory()
+        self._openings = Openings(
+            options or EngineOptions(), smaller, needs, read=memory.before_loading
+        )
+        cushion_bytes = needs.leave_bytes if needs else 0
+        self._watch = MemoryWatch(memory, cushion_bytes, self._openings.tell)
         self._keep_alive_s = keep_alive_s
         self._ids = count(1)
         self._child: Child | None = None
@@ -161,6 +177,7 @@ class EngineClient:
             child = self._opening = Child()
             try:
                 await child.start(self._model, options)
+                self._watch.begin(child, options)
                 return child
             except (MemoryPlanError, EngineOutOfMemory) as error:
                 await child.stop()
@@ -185,6 +202,19 @@ class EngineClient:
                 await child.stop()
             self._child, self._ended = None, (time.time(), error)
             return self._openings.failed(error)
+
+    async def check_room(self, prompt: Prompt) -> None:
+        """Refuse a long prompt while memory is all but spent.
+
+        Raises:
+            MemoryShortage: If it is.
+        """
+        memory = self._watch.memory
+        if memory is None or not self._watch.is_nearly_spent:
+            return
+        n_chars = _n_chars(prompt)
+        if n_chars > _LONG_CHARS:
+            raise await asyncio.to_thread(nearly_spent, memory.free_bytes, n_chars)
 
     def take_notice(self) -> str | None:
         """Something the person should know before the next reply, once."""
@@ -279,6 +309,7 @@ class EngineGeneration:
     def __init__(self, client: EngineClient, request: Generate) -> None:
         self._client = client
         self._id = request.id
+        self._asked = request
         self._requests: list[Request] = [request]
         """The request, and what was asked of it before the engine could be told."""
         self._child: Child | None = None
@@ -318,6 +349,7 @@ class EngineGeneration:
         """An event of this reply, an error, or something the person should know first."""
         if self._inbox is None:
             self._child = await self._client.ready_child()
+            await self._client.check_room(self._asked.prompt)
             self._inbox = self._stack.enter_context(self._child.inbox(self._id))
             self._attempts += 1
             try:
@@ -377,3 +409,10 @@ class EngineGeneration:
             self._done = True
             self._stack.close()
             self._client.rest()
+
+
+def _n_chars(prompt: Prompt) -> int:
+    """About how long a prompt is."""
+    if isinstance(prompt, RawPrompt):
+        return len(prompt.text or "") + _CHARS_A_TOKEN * len(prompt.tokens or ())
+    return sum(len(message.content) + len(message.thinking or "") for message in prompt)

@@ -65,7 +65,7 @@ class Openings:
         if i is None:
             assert memory is not None
             raise shortage(self._least_need(), memory, self._needs)
-        self._tell(self._choices[1 : i + 1])
+        self._tell_what_is_less(self._choices[1 : i + 1])
         self.options = self._choices[i][0]
         return self.options
 
@@ -121,12 +121,16 @@ class Openings:
     def _least_need(self) -> int:
         return min(self._needs.of(way) for way, _ in self._choices)
 
-    def _tell(self, skipped: Sequence[tuple[EngineOptions, str]]) -> None:
+    def tell(self, notice: str) -> None:
+        """Note something that the person should know before the next reply."""
+        log.info("%s", notice)
+        self.notices.append(notice)
+
+    def _tell_what_is_less(self, skipped: Sequence[tuple[EngineOptions, str]]) -> None:
         changes = [*self._lost, *(change for _, change in skipped)]
         if not changes:
             return
         why = "memory ran out" if self._lost else "other programs take memory"
         self._lost.clear()
         notice = f"{why}, so the model was opened smaller: {', then '.join(changes)}"
-        log.info("%s", notice)
-        self.notices.append(notice)
+        self.tell(notice)

@@ -36,6 +36,7 @@ from nanorun.runtime.process.frames import (
     REQUESTS,
     Answer,
     Cancel,
+    ChangeSpare,
     Close,
     Failed,
     FinishThinking,
@@ -50,11 +51,13 @@ from nanorun.runtime.process.frames import (
     Score,
     Scored,
     SetBudget,
+    SpareChanged,
     Statistics,
     Stats,
     Tokenize,
     Tokens,
 )
+from nanorun.runtime.process.heap import return_to_system
 from nanorun.runtime.process.wire import MalformedFrame
 
 log = logging.getLogger(__name__)
@@ -245,6 +248,8 @@ class Worker:
                 self._tokenize(engine, request)
             case Stats():
                 self._send(Statistics(request.id, engine.stats()))
+            case ChangeSpare():
+                self._change_spare(engine, request)
             case Score():
                 self._score(engine, request)
             case _:
@@ -292,6 +297,15 @@ class Worker:
             self._send(tokenize(job))
         else:
             self._beside.begin("preparing", job, tokenize, self._send)
+
+    def _change_spare(self, engine: Engine, asked: ChangeSpare) -> None:
+        n_before = engine.tree.spare_bytes
+        engine.change_spare(asked.n_bytes)
+        if asked.n_bytes < 0:
+            return_to_system()
+        n_held = engine.tree.spare_bytes
+        freed_bytes = max(0, n_before - n_held)
+        self._send(SpareChanged(asked.id, n_held, engine.tree.spare_limit_bytes, freed_bytes))
 
     def _score(self, engine: Engine, request: Score) -> None:
         def score(job: Job[Request]) -> Scored:

@@ -19,6 +19,7 @@ from nanorun.runtime.process.frames import (
     ANSWERS,
     REQUESTS,
     Answer,
+    ChangeSpare,
     Close,
     Failed,
     Open,
@@ -27,10 +28,12 @@ from nanorun.runtime.process.frames import (
     Progress,
     Ready,
     Request,
+    SpareChanged,
 )
 from nanorun.runtime.process.last_words import shown
 from nanorun.runtime.process.oom import KillCounter, died_of_memory
 
+_SPARE = "spare"
 _N_STDERR_LINES = 40
 _MOST_LINE_BYTES = 2000
 # The answers to several requests of one batch, and more, come in one read.
@@ -86,8 +89,8 @@ class Child:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits for an answer."""
-        return not self._inboxes
+        """Whether nobody waits for an answer, but for those who watch over memory."""
+        return not self._inboxes.keys() - {_SPARE}
 
     async def start(self, model: Path, options: EngineOptions) -> None:
         """Spawn it and wait until the model is loaded."""
@@ -168,6 +171,25 @@ class Child:
             await asyncio.wait({self._tasks[0]})  # it learns how the process ended
             assert self.death is not None
             raise self.death from error
+
+    async def change_spare(self, n_bytes: int) -> SpareChanged:
+        """Let it give back what can be made again, or hold more of it; see `ChangeSpare`.
+
+        Raises:
+            EngineDied: If the process is gone.
+        """
+        with self.inbox(_SPARE) as inbox:
+            await self.send(ChangeSpare(_SPARE, n_bytes))
+            answer = await inbox.get()
+        if isinstance(answer, Failed):
+            raise answer.error
+        assert isinstance(answer, SpareChanged)
+        return answer
+
+    async def outlives(self, wait_s: float) -> bool:
+        """Wait so long, or until it has ended; whether it has not."""
+        await asyncio.wait({self._tasks[0]}, timeout=wait_s)
+        return self.alive
 
     async def _read_frames(self) -> None:
         assert self._process is not None and self._process.stdout is not None

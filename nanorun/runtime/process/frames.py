@@ -88,6 +88,16 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeSpare:
+    """Hold less, or allow more, of what can be made again; answered by `SpareChanged`."""
+
+    id: str
+    n_bytes: int
+    """Below 0: that much less than is held now, at once. Above: that much more than was allowed,
+    within the plan."""
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """Measure the perplexity of a text; answered by `Progress` and `Scored`."""
 
@@ -97,7 +107,17 @@ class Score:
 
 
 Request = (
-    Open | Ping | Close | Generate | Cancel | FinishThinking | SetBudget | Tokenize | Stats | Score
+    Open
+    | Ping
+    | Close
+    | Generate
+    | Cancel
+    | FinishThinking
+    | SetBudget
+    | Tokenize
+    | Stats
+    | ChangeSpare
+    | Score
 )
 
 
@@ -161,6 +181,17 @@ class Statistics:
 
 
 @dataclass(frozen=True, slots=True)
+class SpareChanged:
+    """What is held of what can be made again."""
+
+    id: str
+    held_bytes: int
+    limit_bytes: int
+    """What it may come to."""
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
     """Perplexity of a text."""
 
@@ -170,7 +201,7 @@ class Scored:
     ppl: float
 
 
-Answer = Ready | Pong | Said | Failed | Progress | Tokens | Statistics | Scored
+Answer = Ready | Pong | Said | Failed | Progress | Tokens | Statistics | SpareChanged | Scored
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,6 +60,16 @@ def ran_out_repeatedly(n_times: int, wait_s: float) -> MemoryShortage:
     )
 
 
+def nearly_spent(free_bytes: int, n_chars: int) -> MemoryShortage:
+    """The error of a long prompt that is not read, since memory is all but spent."""
+    return MemoryShortage(
+        f"memory is nearly spent ({format_gib(free_bytes)} left), so a prompt of {n_chars:,}"
+        " characters is not read now",
+        facts=[f"most is held by {', '.join(holders)}"] if (holders := largest_processes()) else [],
+        retry_after_s=_RETRY_AFTER_S,
+    )
+
+
 def largest_processes(n_shown: int = _N_SHOWN) -> list[str]:
     """The processes that hold most of main memory, where this one may ask: `name (pid) 9.1 GiB`."""
     import psutil
