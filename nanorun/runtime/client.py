@@ -75,7 +75,7 @@ class EngineClient:
         smaller: What to try, one after the other, when memory runs out: options, and what they
             change in words.
         needs: What each way to open the model takes of main memory; what does not fit is not
-            loaded, and memory is watched as long as it is. Without it, everything counts as fitting.
+            loaded, and memory is watched while it is. Without it, everything counts as fitting.
         memory: Tells how main memory stands.
         keep_alive_s: Idle time after which the model is unloaded; the next request loads it again.
             None to keep it.
