@@ -4,6 +4,7 @@
     ├── UsageError (ValueError)  2  a flag, a name or a request that makes no sense
     ├── ModelError (ValueError)  3  a model file or source model that cannot be used
     ├── MemoryPlanError          4  no plan fits the memory there is
+    │   └── MemoryShortage          what is planned does not fit just now
     ├── EngineError              1  the engine refused, failed or died
     │   ├── EngineDied
     │   │   └── EngineOutOfMemory
@@ -45,6 +46,8 @@ class NanorunError(Exception):
     """
 
     exit_code = ExitCode.FAILURE
+    retry_after_s: float | None = None
+    """Seconds after which the same may succeed; None where it would fail again."""
 
     def __init__(
         self, message: str, *, facts: Sequence[str] = (), tries: Sequence[str] = ()
@@ -77,6 +80,30 @@ class MemoryPlanError(NanorunError):
     """No combination of offload and context fits the free memory."""
 
     exit_code = ExitCode.MEMORY
+    # Others give memory back, requests end; nothing is known of when.
+    retry_after_s = 30.0
+
+
+class MemoryShortage(MemoryPlanError):
+    """What was planned does not fit the memory that is free just now, so nothing was loaded.
+
+    Args:
+        message: As `NanorunError`.
+        facts: As `NanorunError`.
+        tries: As `NanorunError`.
+        retry_after_s: Seconds after which to try again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        facts: Sequence[str] = (),
+        tries: Sequence[str] = (),
+        retry_after_s: float = 30.0,
+    ) -> None:
+        super().__init__(message, facts=facts, tries=tries)
+        self.retry_after_s = retry_after_s
 
 
 class EngineError(NanorunError, RuntimeError):
@@ -85,6 +112,8 @@ class EngineError(NanorunError, RuntimeError):
 
 class EngineDied(EngineError):
     """The engine's process ended while something waited for it."""
+
+    retry_after_s = 1.0
 
 
 class EngineOutOfMemory(EngineDied):

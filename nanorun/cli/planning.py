@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import re
+import shlex
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,8 @@ from nanorun.model.units import format_gib
 
 if TYPE_CHECKING:
     from nanorun.model.engine_options import EngineOptions
-    from nanorun.plan.plan import Wish
+    from nanorun.model.memory_needs import MemoryNeeds
+    from nanorun.plan.plan import Plan, Wish
 
 _MAX = "max"
 
@@ -60,8 +63,8 @@ class Opening:
     options: EngineOptions
     smaller: tuple[tuple[EngineOptions, str], ...]
     """What to try, one after the other, when memory runs out, each with what it changes."""
-    planned_bytes: Mapping[EngineOptions, int]
-    """What the engine's process is to take of main memory so opened, before any prompt is saved."""
+    needs: MemoryNeeds
+    """What the engine's process is to take of main memory, however it is opened."""
 
 
 def parse_draft(text: str) -> str:
@@ -121,11 +124,22 @@ def plan_opening(
     return Opening(
         options=plan.options,
         smaller=tuple((less.plan.options, less.change) for less in smaller),
-        planned_bytes={
-            p.options: p.uses[-1].total_bytes - p.uses[-1].checkpoint_bytes
-            for p in (plan, *(less.plan for less in smaller))
-        },
+        needs=_needs([plan, *(less.plan for less in smaller)], wish, model),
     )
+
+
+def _needs(plans: Sequence[Plan], wish: Wish, model: str) -> MemoryNeeds:
+    """What ways to open a model take of main memory; the last is the smallest."""
+    from nanorun.model.memory_needs import MemoryNeeds
+
+    words = re.sub(r" --leave \S+", "", wish.command)
+    return MemoryNeeds(
+        planned_bytes={p.options: p.uses[-1].total_bytes - p.uses[-1].checkpoint_bytes
+                       for p in plans},
+        weights_bytes=plans[-1].uses[-1].weights_bytes,
+        leave_bytes=plans[0].hardware.host.cushion_bytes,
+        again=f"nanorun {words} {shlex.quote(model)} --n-ctx {plans[-1].options.n_ctx}",
+    )  # fmt: skip
 
 
 def memory_facts(opening: Opening, options: EngineOptions, pid: int | None) -> str | None:
@@ -142,7 +156,7 @@ def memory_facts(opening: Opening, options: EngineOptions, pid: int | None) -> s
 
     with suppress(psutil.Error):
         resident = format_gib(int(psutil.Process(pid).memory_info().rss))
-        return f"{format_gib(opening.planned_bytes[options])} planned, {resident} resident"
+        return f"{format_gib(opening.needs.of(options))} planned, {resident} resident"
     return None
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections import deque
+import time
 from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
@@ -35,6 +34,10 @@ from nanorun.model.chat import (
     RawPrompt,
 )
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.engine_state import EngineState
+from nanorun.model.memory_needs import MemoryNeeds
+from nanorun.runtime.memory_watch import MemoryReader, MemoryWatch
+from nanorun.runtime.openings import Openings
 from nanorun.runtime.process.child import Child
 from nanorun.runtime.process.frames import (
     Answer,
@@ -57,10 +60,16 @@ from nanorun.runtime.process.frames import (
     Tokenize,
     Tokens,
 )
-
-log = logging.getLogger(__name__)
+from nanorun.runtime.process.machine_memory import MachineMemory
+from nanorun.runtime.process.shortage import nearly_spent
 
 A = TypeVar("A", bound=Answer)
+
+# Longer prompts are not begun while memory is all but spent. Cells and states of a sequence have
+# their place already; making a prompt, reading it in large batches and saving states along it
+# take more.
+_LONG_CHARS = 2**16
+_CHARS_A_TOKEN = 4
 
 
 class EngineClient:
@@ -71,6 +80,9 @@ class EngineClient:
         options: How it is opened.
         smaller: What to try, one after the other, when memory runs out: options, and what they
             change in words.
+        needs: What each way to open the model takes of main memory; what does not fit is not
+            loaded, and memory is watched while it is. Without it, everything counts as fitting.
+        memory: Tells how main memory stands.
         keep_alive_s: Idle time after which the model is unloaded; the next request loads it again.
             None to keep it.
     """
@@ -81,11 +93,17 @@ class EngineClient:
         options: EngineOptions | None = None,
         *,
         smaller: Sequence[tuple[EngineOptions, str]] = (),
+        needs: MemoryNeeds | None = None,
+        memory: MemoryReader | None = None,
         keep_alive_s: float | None = None,
     ) -> None:
         self._model = model
-        self._options = options or EngineOptions()
-        self._smaller = deque(smaller)
+        memory = memory or MachineMemory()
+        self._openings = Openings(
+            options or EngineOptions(), smaller, needs, read=memory.before_loading
+        )
+        cushion_bytes = needs.leave_bytes if needs else 0
+        self._watch = MemoryWatch(memory, cushion_bytes, self._openings.tell)
         self._keep_alive_s = keep_alive_s
         self._ids = count(1)
         self._child: Child | None = None
@@ -93,7 +111,8 @@ class EngineClient:
         """The child that loads its model just now."""
         self._info: ModelInfo | None = None
         self._starting = asyncio.Lock()
-        self._notices: list[str] = []
+        self._ended: tuple[float, NanorunError | None] = (time.time(), None)
+        """When the model was last unloaded, or could not be loaded, and why."""
         self._idle_timer: asyncio.Task[None] | None = None
         self._n_restarts = 0
 
@@ -105,7 +124,30 @@ class EngineClient:
     @property
     def options(self) -> EngineOptions:
         """How the model is opened now."""
-        return self._options
+        return self._openings.options
+
+    @property
+    def state(self) -> EngineState:
+        """What becomes of a request that comes now."""
+        if self._opening is not None:
+            return EngineState("loading", self._opening.started_at, self._opening.progress)
+        child = self._child
+        if child is None:
+            return self._state_without_model(*self._ended)
+        if child.alive:
+            return EngineState("ready", child.started_at)
+        # It had loaded the model, and died: the next request starts another.
+        return self._state_without_model(child.ended_at, child.death)
+
+    def _state_without_model(self, since: float, error: NanorunError | None) -> EngineState:
+        reason = None if error is None else error.message
+        if isinstance(error, MemoryPlanError | EngineOutOfMemory):
+            obstacle = self._openings.obstacle()
+            if obstacle is not None:
+                return EngineState("failed", since, reason=obstacle)
+        elif error is not None and self._child is None:
+            return EngineState("failed", since, reason=reason)
+        return EngineState("unloaded", since, reason=reason)
 
     @property
     def pid(self) -> int | None:
@@ -122,41 +164,43 @@ class EngineClient:
 
         Raises:
             ModelError: If the file cannot be used.
+            MemoryShortage: If what is free now does not suffice; nothing was loaded.
             MemoryPlanError: If the context cannot be allocated.
             EngineDied: If the child ended while loading.
         """
         async with self._starting:
-            if self._child is not None and isinstance(self._child.death, EngineOutOfMemory):
-                self._shrink(self._child.death)
-            while self._child is None or not self._child.alive:
+            if self._child is None or not self._child.alive:
                 self._n_restarts += self._child is not None
-                child = self._opening = Child()
                 try:
-                    await child.start(self._model, self._options)
-                    self._child = child
-                except (MemoryPlanError, EngineOutOfMemory) as error:
-                    await child.stop()
-                    if not self._shrink(error):
-                        raise
-                except BaseException:
-                    await child.stop()
+                    self._child = await self._start_child()
+                except NanorunError as error:
+                    self._child, self._ended = None, (time.time(), error)
                     raise
-                finally:
-                    self._opening = None
             self._info = self._child.info
             self.rest()
             assert self._info is not None
             return self._info
 
-    def _shrink(self, error: NanorunError) -> bool:
-        """Go on with the next smaller options, if there are any."""
-        if not self._smaller:
-            return False
-        self._options, change = self._smaller.popleft()
-        notice = f"memory ran out, so the model was opened smaller: {change}"
-        log.info("%s (%s)", notice, error.message)
-        self._notices.append(notice)
-        return True
+    async def _start_child(self) -> Child:
+        if self._child is not None and isinstance(self._child.death, EngineOutOfMemory):
+            self._openings.failed(self._child.death)
+        while True:
+            # It may ask every process what it holds, which takes a while on a busy machine.
+            options = await asyncio.to_thread(self._openings.next)
+            child = self._opening = Child()
+            try:
+                await child.start(self._model, options)
+                self._watch.begin(child, options)
+                return child
+            except (MemoryPlanError, EngineOutOfMemory) as error:
+                await child.stop()
+                if not self._openings.failed(error, while_loading=True):
+                    raise
+            except BaseException:
+                await child.stop()
+                raise
+            finally:
+                self._opening = None
 
     async def recover(self, child: Child, error: NanorunError) -> bool:
         """After `child` ran out of memory: end it, so that the next start is a smaller one.
@@ -169,13 +213,27 @@ class EngineClient:
                 return True
             if child.alive:
                 await child.stop()
-            self._child = None
+            self._child, self._ended = None, (time.time(), error)
             self._n_restarts += 1
-            return self._shrink(error)
+            return self._openings.failed(error)
+
+    async def check_room(self, prompt: Prompt) -> None:
+        """Refuse a long prompt while memory is all but spent.
+
+        Raises:
+            MemoryShortage: If it is.
+        """
+        memory = self._watch.memory
+        if memory is None or not self._watch.is_nearly_spent:
+            return
+        n_chars = _n_chars(prompt)
+        if n_chars > _LONG_CHARS:
+            raise await asyncio.to_thread(nearly_spent, memory.free_bytes, n_chars)
 
     def take_notice(self) -> str | None:
         """Something the person should know before the next reply, once."""
-        return self._notices.pop(0) if self._notices else None
+        notices = self._openings.notices
+        return notices.pop(0) if notices else None
 
     async def close(self) -> None:
         """End the child; replies still running end with `EngineDied`."""
@@ -186,7 +244,7 @@ class EngineClient:
                 self._idle_timer.cancel()
             if self._child is not None:
                 await self._child.stop()
-                self._child = None
+            self._child, self._ended = None, (time.time(), None)
 
     def rest(self) -> None:
         """Begin to count idle time, at the end of anything that kept the engine busy."""
@@ -200,6 +258,7 @@ class EngineClient:
         async with self._starting:
             if self._child is not None and self._child.idle:
                 child, self._child = self._child, None
+                self._ended = (time.time(), None)
                 await asyncio.shield(child.stop())
 
     def generate(self, prompt: Prompt, options: GenerateOptions) -> EngineGeneration:
@@ -306,6 +365,7 @@ class EngineGeneration:
     def __init__(self, client: EngineClient, request: Generate) -> None:
         self._client = client
         self._id = request.id
+        self._asked = request
         self._requests: list[Request] = [request]
         """The request, and what was asked of it before the engine could be told."""
         self._child: Child | None = None
@@ -345,6 +405,7 @@ class EngineGeneration:
         """An event of this reply, an error, or something the person should know first."""
         if self._inbox is None:
             self._child = await self._client.ready_child()
+            await self._client.check_room(self._asked.prompt)
             self._inbox = self._stack.enter_context(self._child.inbox(self._id))
             self._attempts += 1
             try:
@@ -404,3 +465,10 @@ class EngineGeneration:
             self._done = True
             self._stack.close()
             self._client.rest()
+
+
+def _n_chars(prompt: Prompt) -> int:
+    """About how long a prompt is."""
+    if isinstance(prompt, RawPrompt):
+        return len(prompt.text or "") + _CHARS_A_TOKEN * len(prompt.tokens or ())
+    return sum(len(message.content) + len(message.thinking or "") for message in prompt)

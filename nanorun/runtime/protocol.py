@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 from nanorun.model.chat import Event, GenerateOptions, ModelInfo, Prompt, PromptTokens
+from nanorun.model.engine_state import EngineState
 
 
 class Client(Protocol):
@@ -28,8 +29,20 @@ class Client(Protocol):
         """Begin a reply to a conversation, or the text that follows a raw prompt."""
 
 
-class TextClient(Client, Protocol):
-    """A client that also says what texts and prompts are in the model's tokens."""
+class LocalClient(Client, Protocol):
+    """A client whose model is loaded, and unloaded, by a process of this machine."""
+
+    @property
+    def state(self) -> EngineState:
+        """What becomes of a request that comes now."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while there is one."""
+
+    @property
+    def n_restarts(self) -> int:
+        """Processes that were started after one that died."""
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` lets control-token texts become control tokens."""
@@ -45,19 +58,6 @@ class TextClient(Client, Protocol):
 
     async def count_tokens(self, prompt: Prompt, options: GenerateOptions) -> int:
         """How many tokens that is."""
-
-
-@runtime_checkable
-class LocalEngine(Protocol):
-    """A client whose engine is a process of this machine."""
-
-    @property
-    def pid(self) -> int | None:
-        """The process, while there is one."""
-
-    @property
-    def n_restarts(self) -> int:
-        """Processes that were started after one that died."""
 
 
 class Generation(Protocol):

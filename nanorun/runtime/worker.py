@@ -36,6 +36,7 @@ from nanorun.runtime.process.frames import (
     REQUESTS,
     Answer,
     Cancel,
+    ChangeSpare,
     Close,
     Detokenize,
     Failed,
@@ -52,10 +53,12 @@ from nanorun.runtime.process.frames import (
     Score,
     Scored,
     SetBudget,
+    SpareChanged,
     Statistics,
     Stats,
     Tokenize,
 )
+from nanorun.runtime.process.heap import return_to_system
 from nanorun.runtime.process.wire import MalformedFrame
 from nanorun.runtime.texts import TextRequest, answer_text, is_quick
 
@@ -124,7 +127,11 @@ class Worker:
     def _open(self, request: Open) -> Engine:
         if request.options.verbose:
             logging.getLogger().setLevel(logging.DEBUG)
-        model = LoadedModel(Path(request.path), request.options)
+
+        def progress(part: float) -> None:
+            self._send(Progress(request.id, (part,)))
+
+        model = LoadedModel(Path(request.path), request.options, progress=progress)
         return Engine(model, request.options)
 
     def _serve(self, engine: Engine) -> None:
@@ -243,6 +250,8 @@ class Worker:
                 self._answer_text(engine, request)
             case Stats():
                 self._send(Statistics(request.id, engine.stats()))
+            case ChangeSpare():
+                self._change_spare(engine, request)
             case Score():
                 self._score(engine, request)
             case _:
@@ -286,6 +295,15 @@ class Worker:
             self._send(answer(job))
         else:
             self._beside.begin("preparing", job, answer, self._send)
+
+    def _change_spare(self, engine: Engine, asked: ChangeSpare) -> None:
+        n_before = engine.tree.spare_bytes
+        engine.change_spare(asked.n_bytes)
+        if asked.n_bytes < 0:
+            return_to_system()
+        n_held = engine.tree.spare_bytes
+        freed_bytes = max(0, n_before - n_held)
+        self._send(SpareChanged(asked.id, n_held, engine.tree.spare_limit_bytes, freed_bytes))
 
     def _score(self, engine: Engine, request: Score) -> None:
         def score(job: Job[Request]) -> Scored:

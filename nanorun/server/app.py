@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
 
 from fastapi import FastAPI
 
 from nanorun import __version__
-from nanorun.runtime.protocol import TextClient
+from nanorun.runtime.protocol import LocalClient
 from nanorun.server.anthropic.messages import messages_routes
 from nanorun.server.errors import install_handlers
 from nanorun.server.gate import Gate
+from nanorun.server.health import health_routes
 from nanorun.server.index import index_routes
 from nanorun.server.looking import looking_routes
 from nanorun.server.metrics import EngineCollector, Metrics
@@ -31,7 +31,7 @@ from nanorun.server.watch import Watch
 
 
 def create_app(
-    client: TextClient,
+    client: LocalClient,
     *,
     model_name: str,
     settings: ServerSettings | None = None,
@@ -64,12 +64,7 @@ def create_app(
     _wrap(app, settings, metrics)
     install_handlers(app)
 
-    @app.get("/health")
-    async def health() -> dict[str, Any]:
-        """Whether requests can be answered."""
-        service.info()
-        return {"status": "ok", "model": model_name, "n_active": service.admission.n_active}
-
+    app.include_router(health_routes(client, model_name, service.admission))
     app.include_router(index_routes(model_name))
     app.include_router(looking_routes(service, metrics))
     app.include_router(models_routes(service))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from nanorun.errors import ContextFull, EngineDied, EngineError, NanorunError, UsageError
+from nanorun.errors import (
+    ContextFull,
+    EngineDied,
+    EngineError,
+    MemoryPlanError,
+    NanorunError,
+    UsageError,
+)
 from nanorun.server.paths import near
 
 log = logging.getLogger(__name__)
@@ -99,12 +107,13 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(400, _text(error), code="context_length_exceeded", param="messages")
         case UsageError():
             return ApiError(400, _text(error))
-        case EngineDied():
+        case EngineDied(retry_after_s=wait_s):
             log.warning("%s; the next request starts a new one", _text(error))
-            headers = {"Retry-After": "1"}
-            return _server_error(503, _text(error), code="engine_died", headers=headers)
+            return _server_error(503, _text(error), code="engine_died", retry_after_s=wait_s)
         case EngineError():
             return _server_error(500, _text(error), code="engine_error")
+        case MemoryPlanError(retry_after_s=wait_s):
+            return _server_error(503, _text(error), code="out_of_memory", retry_after_s=wait_s)
         case NanorunError():
             return _server_error(500, _text(error))
         case _:
@@ -113,8 +122,9 @@ def to_api_error(error: Exception) -> ApiError:
 
 
 def _server_error(
-    status: int, message: str, *, code: str | None = None, headers: Mapping[str, str] | None = None
+    status: int, message: str, *, code: str | None = None, retry_after_s: float | None = None
 ) -> ApiError:
+    headers = {} if retry_after_s is None else {"Retry-After": str(ceil(retry_after_s))}
     return ApiError(status, message, type="server_error", code=code, headers=headers)
 
 

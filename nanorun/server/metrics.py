@@ -18,7 +18,7 @@ from prometheus_client.registry import Collector
 
 from nanorun import __version__
 from nanorun.model.chat import Finished
-from nanorun.runtime.protocol import Client, LocalEngine
+from nanorun.runtime.protocol import LocalClient
 from nanorun.server.admission import Admission
 from nanorun.server.record import AnswerRecord, RequestRecord
 
@@ -121,7 +121,7 @@ class EngineCollector(Collector):
     """
 
     def __init__(
-        self, client: Client, admission: Admission, planned_bytes: Callable[[], int | None]
+        self, client: LocalClient, admission: Admission, planned_bytes: Callable[[], int | None]
     ) -> None:
         self._client = client
         self._admission = admission
@@ -137,19 +137,18 @@ class EngineCollector(Collector):
         info.add_metric([__version__], 1)
         yield info
         yield from self._memory()
-        if isinstance(self._client, LocalEngine):
-            yield _gauge("engine_up", "Whether its process runs.", self._client.pid is not None)
-            restarts = self._client.n_restarts
-            yield CounterMetricFamily(
-                "nanorun_engine_restarts", "Engines started after one that died.", restarts
-            )
+        yield _gauge("engine_up", "Whether its process runs.", self._client.pid is not None)
+        restarts = self._client.n_restarts
+        yield CounterMetricFamily(
+            "nanorun_engine_restarts", "Engines started after one that died.", restarts
+        )
 
     def _memory(self) -> Iterator[Metric]:
         planned = self._planned_bytes()
         if planned is not None:
             about = "Main memory that the engine's process is to take."
             yield _gauge("engine_memory_planned_bytes", about, planned)
-        pid = self._client.pid if isinstance(self._client, LocalEngine) else None
+        pid = self._client.pid
         resident = None if pid is None else _resident_bytes(pid)
         if resident is not None:
             about = "Main memory that the engine's process takes."

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from nanorun.chat.schema.following import SchemaCheck, checked
 from nanorun.model.chat import Event, ModelInfo, Notice
-from nanorun.runtime.protocol import Generation, TextClient
+from nanorun.runtime.protocol import Generation, LocalClient
 from nanorun.server import sse
 from nanorun.server.admission import Admission, Place
 from nanorun.server.asked import Asked
@@ -43,7 +43,7 @@ class Service:
         settings: Limits and defaults.
     """
 
-    def __init__(self, client: TextClient, names: ModelNames, settings: ServerSettings) -> None:
+    def __init__(self, client: LocalClient, names: ModelNames, settings: ServerSettings) -> None:
         self.client = client
         self.names = names
         self.settings = settings

@@ -12,6 +12,7 @@ import pytest
 
 from nanorun.cli import main
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.memory_needs import MemoryNeeds
 from tests.support.fakes import FakeClient, fake_shape
 
 
@@ -32,6 +33,7 @@ class FakeEngine:
         self.path: Path | None = None
         self.options: EngineOptions | None = None
         self.smaller: Sequence[Any] = ()
+        self.needs: MemoryNeeds | None = None
         self.keep_alive_s: float | None = None
 
     def __call__(
@@ -40,11 +42,13 @@ class FakeEngine:
         options: EngineOptions,
         *,
         smaller: Sequence[Any] = (),
+        needs: MemoryNeeds | None = None,
         keep_alive_s: float | None = None,
     ) -> FakeClient:
         self.path, self.options = path, options
         self.client.options = options
         self.smaller, self.keep_alive_s = smaller, keep_alive_s
+        self.needs = needs
         return self.client
 
 

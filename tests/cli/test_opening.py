@@ -12,6 +12,7 @@ import pytest
 from nanorun.cli.planning import Opening, log_memory, plan_opening
 from nanorun.errors import MemoryPlanError, UsageError
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.memory_needs import MemoryNeeds
 from nanorun.plan.machine.hardware import Hardware
 from tests.cli.conftest import FakeEngine, Result
 from tests.plan.profiles import profile
@@ -34,6 +35,10 @@ def test_run_opens_the_model_as_planned(
     assert engine.options is not None
     assert (engine.options.n_ctx, engine.options.n_gpu_layers) == (102400, 0)
     assert engine.options.archive_bytes > 0
+    assert engine.needs is not None
+    assert engine.needs.of(engine.options) >= engine.needs.of(engine.smaller[-1][0]) > 0
+    assert engine.needs.leave_bytes == profile("cpu-24g").host.cushion_bytes
+    assert engine.needs.again.startswith("nanorun run pico --n-ctx ")
     options, change = engine.smaller[0]
     assert isinstance(options, EngineOptions)
     assert change.startswith("room for saved prompts")
@@ -106,7 +111,8 @@ def test_file_is_named_as_the_person_named_it(
 
 def test_memory_is_logged_beside_the_plan(caplog: pytest.LogCaptureFixture) -> None:
     first, smaller = EngineOptions(), EngineOptions(n_ctx=2048)
-    opening = Opening(first, ((smaller, "less"),), planned_bytes={first: 2 * GIB, smaller: GIB})
+    needs = MemoryNeeds({first: 2 * GIB, smaller: GIB})
+    opening = Opening(first, ((smaller, "less"),), needs)
     log_memory(opening, first, os.getpid())
     assert caplog.messages == []
     with caplog.at_level(logging.DEBUG, "nanorun"):
@@ -124,7 +130,7 @@ def test_every_way_to_open_a_model_has_its_memory(pico_gguf: Path) -> None:
     opening = plan_opening("pico", pico_gguf, None, command="chat", fixed=KEEPING)
     assert opening.smaller
     for options in (opening.options, *(options for options, _ in opening.smaller)):
-        assert opening.planned_bytes[options] > pico_gguf.stat().st_size
+        assert opening.needs.of(options) > pico_gguf.stat().st_size
 
 
 def test_verbose_tells_of_the_plan(

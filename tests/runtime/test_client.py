@@ -21,6 +21,7 @@ from nanorun.errors import (
     EngineError,
     EngineOutOfMemory,
     MemoryPlanError,
+    MemoryShortage,
     ModelError,
     UsageError,
 )
@@ -38,7 +39,10 @@ from nanorun.model.chat import (
 )
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.ggml_type import GgmlType
+from nanorun.model.main_memory import MainMemory
+from nanorun.model.memory_needs import MemoryNeeds
 from nanorun.model.think import MAX, OFF, Think
+from nanorun.runtime import openings as openings_module
 from nanorun.runtime.client import EngineClient, EngineGeneration
 from nanorun.runtime.process import child as child_module
 from nanorun.runtime.process import oom
@@ -399,7 +403,7 @@ async def loading(
     """The start of a client whose model never ends loading; who waits for it waits for ever."""
     monkeypatch.setattr(child_module, "_CLOSE_TIMEOUT_S", 1e6)
     run_instead(
-        "def load(*args):\n"
+        "def load(*args, **others):\n"
         f"    open({str(tmp_path / 'loads')!r}, 'w').close()\n"
         "    time.sleep(1e6)\n"
         "worker.LoadedModel = load"
@@ -865,3 +869,104 @@ async def test_logprobs_come_with_the_tokens(client: EngineClient) -> None:
         assert event.alternatives[0] == (event.piece, event.logprob)  # greedy takes the likeliest
         assert len(event.alternatives) == 3
         assert sum(math.exp(p) for _, p in event.alternatives) <= 1 + 1e-6
+
+
+class OtherPrograms:
+    """Memory that others hold, as a test says."""
+
+    def __init__(self) -> None:
+        self.free_bytes = 2**34
+
+    def read(self) -> MainMemory:
+        return MainMemory(2**34, self.free_bytes)
+
+
+@pytest.fixture
+def others(monkeypatch: pytest.MonkeyPatch) -> OtherPrograms:
+    programs = OtherPrograms()
+    monkeypatch.setattr(openings_module, "read_main_memory", programs.read)
+    return programs
+
+
+NEEDS = MemoryNeeds({OPTIONS: 2**33}, 2**32, 2**30)
+
+
+async def test_state_tells_what_becomes_of_a_request(client: EngineClient) -> None:
+    assert (client.state.phase, client.state.reason) == ("unloaded", None)
+    loading = asyncio.create_task(client.start())
+    await become(lambda: client.state.phase == "loading")
+    first = client.state
+    assert first.progress is not None and 0 <= first.progress <= 1
+    assert abs(first.since - time.time()) < PATIENCE_S
+    await loading
+    assert (client.state.phase, client.state.progress) == ("ready", None)
+    assert client.state.since >= first.since
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGKILL)
+    await become(lambda: client.state.phase == "unloaded")
+    assert "SIGKILL" in (client.state.reason or "")
+    await client.close()
+    assert (client.state.phase, client.state.reason) == ("unloaded", None)
+
+
+async def test_loading_tells_how_far_it_is(
+    pico_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[float] = []
+    noting = property(lambda _: 0.0, lambda _, part: parts.append(part))
+    monkeypatch.setattr(child_module.Child, "progress", noting, raising=False)
+    client = EngineClient(pico_gguf, OPTIONS)
+    await client.start()
+    await client.close()
+    assert parts == sorted(parts)
+    assert parts[0] == 0.0 and parts[-1] == 1.0
+
+
+async def test_file_that_cannot_be_used_is_told_by_the_state(tmp_path: Path) -> None:
+    client = EngineClient(tmp_path / "none.gguf", OPTIONS)
+    with pytest.raises(ModelError):
+        await client.start()
+    assert client.state.phase == "failed"
+    assert "none.gguf" in (client.state.reason or "")
+
+
+async def test_model_that_does_not_fit_is_not_loaded_until_it_does(
+    pico_gguf: Path, others: OtherPrograms
+) -> None:
+    others.free_bytes = 2**32
+    client = EngineClient(pico_gguf, OPTIONS, needs=NEEDS)
+    for _ in range(3):
+        with pytest.raises(MemoryShortage, match=r"needs 8\.0 GiB of main memory, but 4\.0 GiB"):
+            await collect(client.generate(SUM, GenerateOptions()))
+        assert client.pid is None
+        assert client.state.phase == "failed"
+        assert "but 4.0 GiB are free" in (client.state.reason or "")
+    others.free_bytes = 2**34
+    assert client.state.phase == "unloaded"
+    _, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
+    assert answer == "5482"
+    assert client.state.phase == "ready"
+    await client.close()
+
+
+@pytest.mark.usefixtures("kernel_blames_memory")
+async def test_engine_that_the_kernel_killed_is_not_loaded_into_a_full_machine(
+    pico_gguf: Path, others: OtherPrograms
+) -> None:
+    """Its request ends at once, others too, and none of them starts a process."""
+    client = EngineClient(pico_gguf, OPTIONS, smaller=[(OPTIONS, "nothing")], needs=NEEDS)
+    await client.start()
+    assert client.pid is not None
+    os.kill(client.pid, signal.SIGSTOP)
+    reply = asyncio.create_task(_list(client.generate(SUM, GenerateOptions())))
+    await asyncio.sleep(0.1)
+    others.free_bytes = 2**32
+    os.kill(client.pid, signal.SIGKILL)
+    for waiting in (reply, asyncio.create_task(_list(client.generate(SUM, GenerateOptions())))):
+        with pytest.raises(MemoryShortage, match=r"but 4\.0 GiB are free"):
+            await asyncio.wait_for(waiting, PATIENCE_S)
+    assert client.pid is None and client.state.phase == "failed"
+    others.free_bytes = 2**34
+    events = await _list(client.generate(SUM, GenerateOptions()))
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == "5482"
+    await client.close()

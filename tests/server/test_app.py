@@ -29,11 +29,6 @@ async def test_model_is_shown_by_name(endpoint: Make) -> None:
     assert error_of(missing)["code"] == "model_not_found"
 
 
-async def test_health_is_ok(endpoint: Make) -> None:
-    response = await endpoint().request("GET", "/health")
-    assert response.json() == {"status": "ok", "model": "pico", "n_active": 0}
-
-
 async def test_path_unknown_is_named(endpoint: Make) -> None:
     response = await endpoint().request("GET", "/v1/nothing")
     assert response.status_code == 404

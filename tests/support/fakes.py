@@ -32,6 +32,7 @@ from nanorun.model.chat import (
     arguments_text,
 )
 from nanorun.model.engine_options import EngineOptions
+from nanorun.model.engine_state import EngineState
 from nanorun.plan.shape import ModelShape, shape_of_recipe
 from tests.model.known_archs import TINY_MOE
 
@@ -197,6 +198,7 @@ class FakeClient:
     options: EngineOptions = field(default_factory=EngineOptions)
     pid: int | None = None
     n_restarts: int = 0
+    state: EngineState = field(default_factory=lambda: EngineState("ready", since=0.0))
 
     @classmethod
     def playing(cls, *scripts: list[Step], **options: Any) -> FakeClient:

@@ -50,7 +50,7 @@ def command(
         n_parallel=1, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
     )
     opening = plan_opening(model, path, n_ctx, command="chat", fixed=fixed, leave=leave)
-    client = EngineClient(path, opening.options, smaller=opening.smaller)
+    client = EngineClient(path, opening.options, smaller=opening.smaller, needs=opening.needs)
     app = NanorunApp(
         client,
         model_name=display_name(model),

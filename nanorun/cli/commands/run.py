@@ -222,7 +222,7 @@ def open_client(
     path = find_model(model)
     fixed = EngineOptions(n_parallel=1, speculation=parse_draft(draft))
     opening = plan_opening(model, path, n_ctx, command="run", fixed=fixed, leave=leave)
-    client = EngineClient(path, opening.options, smaller=opening.smaller)
+    client = EngineClient(path, opening.options, smaller=opening.smaller, needs=opening.needs)
     return client, lambda: log_memory(opening, client.options, client.pid)
 
 

@@ -291,7 +291,11 @@ def command(
         model, path, n_ctx, command="serve", fixed=fixed, leave=leave, keeps_texts=True
     )
     client = EngineClient(
-        path, opening.options, smaller=opening.smaller, keep_alive_s=_limit_s(keep_alive)
+        path,
+        opening.options,
+        smaller=opening.smaller,
+        needs=opening.needs,
+        keep_alive_s=_limit_s(keep_alive),
     )
     # Bound before the model is loaded: a port that is taken should not cost that wait.
     listener = bind(host, port)
@@ -363,7 +367,7 @@ async def _serve(
             client,
             model_name=name,
             settings=settings,
-            planned_bytes=lambda: opening.planned_bytes.get(client.options),
+            planned_bytes=lambda: opening.needs.of(client.options) or None,
         )
         await serve(app, listener, settings, lambda _server: note(greeting))
     finally:

@@ -170,6 +170,16 @@ class Engine:
             archive_bytes=self.tree.archive_bytes,
         )
 
+    def change_spare(self, n_bytes: int) -> None:
+        """Hold less, or allow more, host memory for states that can be made again.
+
+        Args:
+            n_bytes: Below 0: that much less than is held now. Above: that much more than was
+                allowed, within the options.
+        """
+        n_from = self.tree.spare_bytes if n_bytes < 0 else self.tree.spare_limit_bytes
+        self.tree.limit_spare(n_from + n_bytes)
+
     def save_one(self) -> bool:
         """Begin to write a conversation that changed, unless one is being written, in idle time.
 

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from nanorun.model.gguf_arch import arch_from_gguf
 from nanorun.model.tensor_roles import check_tensors
 from nanorun.runtime.llama.binding import engine_log, load_llama
 from nanorun.runtime.llama.engine_tokenizer import EngineTokenizer
-from nanorun.runtime.llama.params import model_params
+from nanorun.runtime.llama.params import model_params, progress_hook
 from nanorun.runtime.llama.token_cache import TokenCache
 from nanorun.runtime.reply.grammar import GrammarCompiler
 from nanorun.runtime.sampling.settings import SamplingSettings
@@ -70,13 +71,21 @@ class LoadedModel:
         path: A GGUF file of the Nemotron-H family.
         options: `n_gpu_layers` and `n_cpu_moe` are used here; the rest sizes the context.
 
-    With `writable`, the weights are kept as they are in the file and where they can be changed.
+        writable: Keep the weights as they are in the file, and where they can be changed.
+        progress: Told the part of the weights that is read, 0 to 1, a hundred times at most.
 
     Raises:
         ModelError: If the file is damaged, of another family, or refused by llama.cpp.
     """
 
-    def __init__(self, path: Path, options: EngineOptions, *, writable: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        options: EngineOptions,
+        *,
+        writable: bool = False,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
         started = time.monotonic()
         self.path = path
         self.gguf: GgufFile = read_gguf(path)
@@ -88,6 +97,8 @@ class LoadedModel:
         params.use_extra_bufts = not writable
         if writable or (not self._llama.llama_supports_gpu_offload() and self._is_repacked):
             params.load_mode = _LOAD_WITHOUT_MMAP
+        if progress is not None:
+            params.progress_callback = progress_hook(self._llama, progress)
         engine_log.clear()
         # Real vocabularies take seconds to be made a tokenizer of; the weights take as long.
         with ThreadPoolExecutor(1, thread_name_prefix="tokenizer") as beside:

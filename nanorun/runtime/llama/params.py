@@ -6,6 +6,7 @@ both open a model alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from nanorun.errors import LibraryError
@@ -25,6 +26,24 @@ def model_params(llama: Any, options: EngineOptions) -> Any:
     params.load_mtp = options.with_mtp
     keep_experts_on_host(llama, params, options.n_cpu_moe)
     return params
+
+
+def progress_hook(llama: Any, tell: Callable[[float], None]) -> Any:
+    """A `llama_progress_callback` that tells each whole percent once; the load goes on.
+
+    Assigned to a structure it stays alive as long as that does.
+    """
+    last = -1
+
+    def receive(part: float, _user_data: object) -> bool:
+        nonlocal last
+        percent = int(100 * part)
+        if percent > last:
+            last = percent
+            tell(min(1.0, part))
+        return True
+
+    return llama.llama_progress_callback(receive)
 
 
 def context_params(

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,17 +19,21 @@ from nanorun.runtime.process.frames import (
     ANSWERS,
     REQUESTS,
     Answer,
+    ChangeSpare,
     Close,
     Failed,
     Open,
     Ping,
     Pong,
+    Progress,
     Ready,
     Request,
+    SpareChanged,
 )
 from nanorun.runtime.process.last_words import shown
 from nanorun.runtime.process.oom import KillCounter, died_of_memory
 
+_SPARE = "spare"
 _N_STDERR_LINES = 40
 _MOST_LINE_BYTES = 2000
 # The answers to several requests of one batch, and more, come in one read.
@@ -56,6 +61,11 @@ class Child:
         self._n_heard = 0
         self._n_steps = -1
         self._stuck_s = 0.0
+        self.started_at = time.time()
+        """Seconds since the epoch; once the model is loaded, when it was."""
+        self.ended_at = 0.0
+        self.progress = 0.0
+        """The part of the weights that is read, 0 to 1."""
         self.memory_is_short = False
         """Whether main memory was nearly spent when somebody last looked."""
         self._kills: KillCounter | None = None
@@ -79,8 +89,8 @@ class Child:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits for an answer."""
-        return not self._inboxes
+        """Whether nobody waits for an answer, but for those who watch over memory."""
+        return not self._inboxes.keys() - {_SPARE}
 
     async def start(self, model: Path, options: EngineOptions) -> None:
         """Spawn it and wait until the model is loaded."""
@@ -102,11 +112,13 @@ class Child:
         ]
         with self.inbox("open") as inbox:
             await self.send(Open("open", str(model), options))
-            answer = await inbox.get()
+            while isinstance(answer := await inbox.get(), Progress):
+                (self.progress,) = answer.values
         if isinstance(answer, Failed):
             raise answer.error
         assert isinstance(answer, Ready)
         self.info = answer.info
+        self.started_at = time.time()
 
     async def stop(self) -> None:
         """Ask it to close, then make it; one that has not opened its model has nothing to keep."""
@@ -159,6 +171,25 @@ class Child:
             await asyncio.wait({self._tasks[0]})  # it learns how the process ended
             assert self.death is not None
             raise self.death from error
+
+    async def change_spare(self, n_bytes: int) -> SpareChanged:
+        """Let it give back what can be made again, or hold more of it; see `ChangeSpare`.
+
+        Raises:
+            EngineDied: If the process is gone.
+        """
+        with self.inbox(_SPARE) as inbox:
+            await self.send(ChangeSpare(_SPARE, n_bytes))
+            answer = await inbox.get()
+        if isinstance(answer, Failed):
+            raise answer.error
+        assert isinstance(answer, SpareChanged)
+        return answer
+
+    async def outlives(self, wait_s: float) -> bool:
+        """Wait so long, or until it has ended; whether it has not."""
+        await asyncio.wait({self._tasks[0]}, timeout=wait_s)
+        return self.alive
 
     async def _read_frames(self) -> None:
         assert self._process is not None and self._process.stdout is not None
@@ -220,6 +251,7 @@ class Child:
         with contextlib.suppress(asyncio.CancelledError):
             await self._tasks[1]  # its last words
         self.death = self._cause_of_death(code)
+        self.ended_at = time.time()
         for request_id, inbox in self._inboxes.items():
             inbox.put_nowait(Failed(request_id, self.death))
 

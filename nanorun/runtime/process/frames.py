@@ -117,6 +117,16 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeSpare:
+    """Hold less, or allow more, of what can be made again; answered by `SpareChanged`."""
+
+    id: str
+    n_bytes: int
+    """Below 0: that much less than is held now, at once. Above: that much more than was allowed,
+    within the plan."""
+
+
+@dataclass(frozen=True, slots=True)
 class Score:
     """Measure the perplexity of a text; answered by `Progress` and `Scored`."""
 
@@ -137,6 +147,7 @@ Request = (
     | Detokenize
     | Render
     | Stats
+    | ChangeSpare
     | Score
 )
 
@@ -180,7 +191,8 @@ class Progress:
 
     id: str
     values: tuple[Any, ...]
-    """As JSON can hold them; for a `Score` the tokens done and all tokens."""
+    """As JSON can hold them; for a `Score` the tokens done and all tokens, for an `Open` the part
+    of the weights that is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +230,17 @@ class Statistics:
 
 
 @dataclass(frozen=True, slots=True)
+class SpareChanged:
+    """What is held of what can be made again."""
+
+    id: str
+    held_bytes: int
+    limit_bytes: int
+    """What it may come to."""
+    freed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Scored:
     """Perplexity of a text."""
 
@@ -227,7 +250,19 @@ class Scored:
     ppl: float
 
 
-Answer = Ready | Pong | Said | Failed | Progress | Tokens | Pieces | Rendered | Statistics | Scored
+Answer = (
+    Ready
+    | Pong
+    | Said
+    | Failed
+    | Progress
+    | Tokens
+    | Pieces
+    | Rendered
+    | Statistics
+    | SpareChanged
+    | Scored
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,8 @@ class Archive:
     def __init__(
         self, budget_bytes: int, store: Store | None = None, min_stored_tokens: int = 0
     ) -> None:
+        self.planned_bytes = budget_bytes
+        """Host memory it may take when there is plenty."""
         self._budget = budget_bytes
         self._store = store
         self._min_stored_tokens = min_stored_tokens
@@ -98,6 +100,15 @@ class Archive:
 
     def _in_memory(self) -> dict[ArchivedState, StatePayload]:
         return {**self._in_writing.copy(), **self._kept}
+
+    def limit(self, n_bytes: int) -> None:
+        """Take no more host memory than that; the least recently used go at once.
+
+        What is on its way to the disk goes once it is there.
+        """
+        self._budget = max(0, min(n_bytes, self.planned_bytes))
+        while sum(payload.n_bytes for payload in self._kept.values()) > self._budget:
+            self._drop(next(iter(self._kept)))
 
     def put(self, state: ArchivedState, payload: StatePayload) -> None:
         """Take a sequence in; those that it makes useless go."""

@@ -50,6 +50,7 @@ class PrefixTree:
         self._sequences = DeviceSequences(memory, n_seq_max, n_cells)
         self._eviction = Eviction(self._sequences, archive)
         self._checkpoint_budget = checkpoint_bytes
+        self._spare_limit = self.planned_spare_bytes
 
     @property
     def branches(self) -> Sequence[Branch]:
@@ -119,7 +120,7 @@ class PrefixTree:
             branch.n_cached = branch.n_tokens
             self._sequences.version += 1
             self._sequences.touch(branch)
-            self._trim_checkpoints()
+            self._trim()
         return branch
 
     def _confirmed(self, match: Match) -> Match:
@@ -178,10 +179,10 @@ class PrefixTree:
         if not position or position in branch.checkpoints:
             return
         state = self._sequences.recurrent_state(branch)
-        if len(state) > self._checkpoint_budget:
+        if len(state) > min(self._checkpoint_budget, self._spare_limit):
             return
         branch.checkpoints[position] = state
-        self._trim_checkpoints()
+        self._trim()
 
     def keep_prefix(self, branch: Branch, n_tokens: int) -> None:
         """Keep what a branch and other conversations begin with, longer than all else.
@@ -200,9 +201,13 @@ class PrefixTree:
         else:
             self._eviction.touch_prefix(np.frombuffer(branch.tokens, np.int32)[:n_tokens])
 
-    def _trim_checkpoints(self) -> None:
-        """Drop checkpoints beyond the budget: the least recently used, those of prefixes last."""
-        while self.checkpoint_bytes > self._checkpoint_budget:
+    def _trim(self) -> None:
+        """Drop checkpoints beyond the budget: the least recently used, those of prefixes last.
+
+        While less than the plan may be held, checkpoints, which are of sequences in use, go before
+        the sequences that left the device.
+        """
+        while self.checkpoint_bytes > min(self._checkpoint_budget, self._spare_limit):
             places = [
                 (position == branch.n_prefix, branch.last_used, position, branch)
                 for branch in self.branches
@@ -210,6 +215,7 @@ class PrefixTree:
             ]
             *_, position, branch = min(places, key=itemgetter(0, 1, 2))
             del branch.checkpoints[position]
+        self._archive.limit(self._spare_limit - self.checkpoint_bytes)
 
     def cut_to_checkpoint(self, branch: Branch) -> bool:
         """Shorten a busy branch, whose evaluation was broken off, to its last saved state.
@@ -272,6 +278,27 @@ class PrefixTree:
     def archive_bytes(self) -> int:
         """Host memory of the sequences that left the device."""
         return self._archive.host_bytes
+
+    @property
+    def planned_spare_bytes(self) -> int:
+        """Host memory that both may take when there is plenty."""
+        return self._checkpoint_budget + self._archive.planned_bytes
+
+    @property
+    def spare_bytes(self) -> int:
+        """Host memory of both: what can be made again."""
+        return self.checkpoint_bytes + self.archive_bytes
+
+    @property
+    def spare_limit_bytes(self) -> int:
+        """What `spare_bytes` may come to."""
+        return self._spare_limit
+
+    def limit_spare(self, n_bytes: int) -> None:
+        """Hold no more than that of what can be made again, within the plan; the oldest goes."""
+        self._sequences.version += 1
+        self._spare_limit = max(0, min(n_bytes, self.planned_spare_bytes))
+        self._trim()
 
     # -- disk -----------------------------------------------------------------------------------
 

@@ -282,6 +282,55 @@ def test_recalled_checkpoints_stay_within_their_budget() -> None:
         assert tree.checkpoint_bytes <= 200
 
 
+def hold_much() -> tuple[PrefixTree, HybridMemory]:
+    """Two sequences in the archive, the first one older, and one with checkpoints beside them."""
+    tree, memory = make_tree()
+    for first in (50, 60):
+        tree.release(read(tree, memory, [first, *range(39)]))
+        assert tree.make_room(N_CELLS)
+    tree.release(read(tree, memory, list(range(70, 90)), stops=(5, 10)))
+    assert tree.checkpoint_bytes and tree.archive_bytes
+    return tree, memory
+
+
+def test_oldest_archived_sequence_is_given_back_first() -> None:
+    tree, _ = hold_much()
+    n_checkpoints = tree.checkpoint_bytes
+    tree.limit_spare(tree.spare_bytes - 1)
+    assert tree.checkpoint_bytes == n_checkpoints
+    assert 0 < tree.archive_bytes < tree.spare_limit_bytes
+    newer = start(tree, [60, *range(39), 7])
+    assert newer is not None and (newer.n_cached, newer.cached_from) == (40, "host")
+    older = start(tree, [50, *range(39), 7])
+    assert older is not None and older.n_cached == 0
+
+
+def test_checkpoints_are_given_back_once_nothing_is_archived() -> None:
+    tree, memory = hold_much()
+    tree.limit_spare(tree.checkpoint_bytes - 1)
+    assert tree.archive_bytes == 0
+    assert 0 < tree.checkpoint_bytes <= tree.spare_limit_bytes
+    tree.limit_spare(-5)
+    assert tree.spare_bytes == tree.spare_limit_bytes == 0
+    branch = read(tree, memory, [*range(70, 90), 1, 2], stops=(21,))
+    assert branch.n_cached == 20  # what is on the device stays
+    assert not branch.checkpoints
+    tree.release(branch)
+    assert tree.make_room(N_CELLS)
+    assert tree.spare_bytes == 0
+
+
+def test_more_is_held_again_once_it_may_be_and_never_more_than_planned() -> None:
+    tree, memory = hold_much()
+    tree.limit_spare(0)
+    tree.limit_spare(10**9)
+    assert tree.spare_limit_bytes == tree.planned_spare_bytes == 6000
+    tree.release(read(tree, memory, [50, *range(39)], stops=(20,)))
+    assert tree.checkpoint_bytes > 0
+    assert tree.make_room(N_CELLS)
+    assert tree.archive_bytes > 0
+
+
 class Refusing(HybridMemory):
     """An engine that does not take a saved state."""
 
@@ -463,6 +512,14 @@ class TreeMachine(RuleBasedStateMachine):
     @rule()
     def evict_idle(self) -> None:
         self.tree.make_room(N_CELLS)
+
+    @rule(n_bytes=st.integers(0, 7000))
+    def limit_spare(self, n_bytes: int) -> None:
+        self.tree.limit_spare(n_bytes)
+
+    @invariant()
+    def stays_within_what_may_be_held(self) -> None:
+        assert self.tree.spare_bytes <= self.tree.spare_limit_bytes <= 6000
 
     @invariant()
     def is_settled_once_idle(self) -> None:

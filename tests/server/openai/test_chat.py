@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 
-from nanorun.errors import ContextFull, EngineDied, EngineError, UsageError
+from nanorun.errors import (
+    ContextFull,
+    EngineDied,
+    EngineError,
+    MemoryPlanError,
+    MemoryShortage,
+    UsageError,
+)
 from nanorun.model.chat import (
     Finished,
     Message,
@@ -20,7 +27,7 @@ from nanorun.model.chat import (
 )
 from nanorun.model.think import LOW
 from tests.server.conftest import CHAT, Endpoint, Stream, error_of
-from tests.support.fakes import FakeClient, reply
+from tests.support.fakes import reply
 from tests.support.waiting import PATIENCE_S
 
 Make = Callable[..., Endpoint]
@@ -207,6 +214,8 @@ FAILURES = [
     (ContextFull("9000 tokens do not fit 8192"), 400, "context_length_exceeded"),
     (UsageError("roles must alternate"), 400, None),
     (EngineDied("the engine's process was ended by SIGKILL"), 503, "engine_died"),
+    (MemoryPlanError("a context of 8192 tokens could not be allocated"), 503, "out_of_memory"),
+    (MemoryShortage("the model needs 17.0 GiB", retry_after_s=4.2), 503, "out_of_memory"),
     (EngineError("llama_decode failed"), 500, "engine_error"),
 ]
 
@@ -221,6 +230,22 @@ async def test_failure_before_the_first_event_has_a_status(
     body = error_of(response)
     assert body["code"] == code
     assert body["message"].startswith(str(error))
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [
+        (MemoryShortage("the model needs 17.0 GiB", retry_after_s=4.2), "5"),
+        (MemoryPlanError("a context of 8192 tokens could not be allocated"), "30"),
+        (EngineDied("the engine's process was ended by SIGKILL"), "1"),
+        (EngineError("llama_decode failed"), None),
+    ],
+)
+async def test_failure_that_may_pass_says_when_to_try_again(
+    endpoint: Make, error: Exception, seconds: str | None
+) -> None:
+    response = await endpoint([error]).chat()
+    assert response.headers.get("retry-after") == seconds
 
 
 async def test_failure_within_a_stream_is_an_event_and_no_done(endpoint: Make) -> None:
@@ -322,17 +347,6 @@ async def test_client_that_leaves_cancels_its_reply(
     assert api.client.last.generation.was_abandoned
     health = (await api.request("GET", "/health")).json()
     assert health["n_active"] == 0
-
-
-async def test_model_that_is_not_loaded_is_not_ready() -> None:
-    class Unloaded(FakeClient):
-        info = None  # type: ignore[assignment]
-
-    from nanorun.server.settings import ServerSettings
-
-    response = await Endpoint(Unloaded(), ServerSettings()).request("GET", "/health")
-    assert response.status_code == 503
-    assert error_of(response)["code"] == "not_ready"
 
 
 UNREADABLE = ToolCallDelta(0, ToolCall("call_0", "", {}), "not a tool call: x")
