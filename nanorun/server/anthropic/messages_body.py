@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import ConfigDict, Field, StrictBool
 
 from nanorun.model.chat import GenerateOptions, Grammar
 from nanorun.model.think import Think
@@ -12,6 +12,7 @@ from nanorun.server.anthropic.blocks import read_conversation
 from nanorun.server.asked import Asked
 from nanorun.server.depth import EFFORTS, read_depth
 from nanorun.server.errors import ApiError
+from nanorun.server.limits import LimitedBody
 from nanorun.server.openai.formats import ResponseFormat
 from nanorun.server.tools import FunctionIn, ToolChoice
 
@@ -22,7 +23,7 @@ _LABELS = frozenset({
 """Fields that say nothing about the answer."""
 
 
-class MessagesRequest(BaseModel):
+class MessagesRequest(LimitedBody):
     """The body of a message, and of a count of its tokens."""
 
     model_config = ConfigDict(extra="allow")
