@@ -263,6 +263,8 @@ class EngineStats:
     """Host memory of the states saved along the sequences."""
     archive_bytes: int
     """Host memory of the sequences that left the device."""
+    n_batches: int
+    """Batches evaluated since it was opened."""
 
 
 Event = (

@@ -7,6 +7,7 @@ an endpoint for this machine answers only to this machine's names.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from fastapi import HTTPException
@@ -94,28 +95,42 @@ class Gate:
             )
 
     def _limit(self, headers: Headers, receive: Receive, record: RequestRecord) -> Receive:
-        """Count the body while it arrives; a length that is announced is refused unread."""
+        """Count and time the body while it arrives; one announced too long is refused unread."""
         limit = self._settings.max_body_bytes
         announced = headers.get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             raise _too_large(limit)
+        limit_s = self._settings.read_timeout_s
+        deadline: float | None = asyncio.get_running_loop().time() + limit_s
 
         async def receive_within() -> Message:
-            message = await receive()
+            nonlocal deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise _refused_body(_too_slow(limit_s)) from None
             record.n_body_bytes += len(message.get("body", b""))
             if record.n_body_bytes > limit:
-                raise _BodyTooLarge(limit)
+                raise _refused_body(_too_large(limit))
+            if not message.get("more_body", False):
+                deadline = None  # what comes next is that the client leaves
             return message
 
         return receive_within
 
 
-class _BodyTooLarge(HTTPException):
+def _refused_body(error: ApiError) -> HTTPException:
     """Raised where the body is read; FastAPI lets only its own exceptions out of there."""
+    return HTTPException(error.status, error.message, error.headers)
 
-    def __init__(self, limit: int) -> None:
-        error = _too_large(limit)
-        super().__init__(error.status, error.message, error.headers)
+
+def _too_slow(limit_s: float) -> ApiError:
+    return ApiError(
+        408,
+        f"the body did not arrive within {limit_s:g} s (--read-timeout)",
+        headers={"Connection": "close"},
+    )
 
 
 def _too_large(limit: int) -> ApiError:

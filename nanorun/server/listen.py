@@ -10,6 +10,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from nanorun.errors import NanorunError
+from nanorun.server.patience import patient_protocol
 from nanorun.server.settings import ServerSettings
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ async def serve(
     """
     config = uvicorn.Config(
         app,
+        http=patient_protocol(settings),
         # Failures of requests are logged once, where they are turned into answers.
         log_config=None,
         log_level="critical",

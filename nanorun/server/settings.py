@@ -44,6 +44,10 @@ class ServerSettings:
     Anthropic give up then, too. None for no limit."""
     max_body_bytes: int = 32 * MIB
     """A million tokens of text take about 5 MB, and up to six times that with JSON escapes."""
+    read_timeout_s: float = 60.0
+    """How long the head of a request may take to arrive, and then its body."""
+    write_timeout_s: float = 60.0
+    """How long a client may leave unread what it was sent, once no more can be held for it."""
     keepalive_s: float = 10.0
     """Silence after which a stream carries a comment; proxies give up after 30 to 60 seconds."""
     drain_s: float = 30.0

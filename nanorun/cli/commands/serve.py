@@ -169,6 +169,24 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = "10m",
+    read_timeout: Annotated[
+        str,
+        typer.Option(
+            "--read-timeout",
+            metavar="TIME",
+            help="Time that a request may take to arrive; then it is refused (408).",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "60s",
+    write_timeout: Annotated[
+        str,
+        typer.Option(
+            "--write-timeout",
+            metavar="TIME",
+            help="Time that a client may leave its answer unread; then it is let go.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "60s",
     aliases: Annotated[
         list[str] | None,
         typer.Option(
@@ -270,6 +288,8 @@ def command(
         max_queued=max_queued,
         max_queued_bytes=parse_size(max_queued_size),
         max_wait_s=_limit_s(max_wait),
+        read_timeout_s=_timeout_s(read_timeout, "--read-timeout"),
+        write_timeout_s=_timeout_s(write_timeout, "--write-timeout"),
         log_requests=log_requests,
         log_contents=log_contents,
         aliases=tuple(aliases or ()),
@@ -305,6 +325,14 @@ def command(
 def _limit_s(text: str) -> float | None:
     """Seconds of `--keep-alive` or `--max-wait`; None for no limit."""
     return None if text.strip().lower() == "forever" else parse_duration(text)
+
+
+def _timeout_s(text: str, flag: str) -> float:
+    """Seconds of a flag, more than none."""
+    seconds = parse_duration(text)
+    if not seconds:
+        raise UsageError(f"{flag} {text}: nobody is that fast")
+    return seconds
 
 
 def _named_keys(file: Path | None) -> tuple[ApiKey, ...]:

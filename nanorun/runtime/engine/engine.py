@@ -79,6 +79,7 @@ class Engine:
         self._unsaved = Unsaved(self.tree)
         self._orders = count()
         self._batch_lock = threading.Lock()
+        self._n_batches = 0
 
     def close(self) -> None:
         """Save what is worth keeping, free the context and the weights."""
@@ -168,6 +169,7 @@ class Engine:
             n_cells_used=self.tree.n_cells_used,
             checkpoint_bytes=self.tree.checkpoint_bytes,
             archive_bytes=self.tree.archive_bytes,
+            n_batches=self._n_batches,
         )
 
     def change_spare(self, n_bytes: int) -> None:
@@ -313,6 +315,7 @@ class Engine:
 
     def _evaluate_part(self, plan: Plan) -> list[Output]:
         batch = [sequence for sequence, _ in plan]
+        self._n_batches += 1
         with self._batch_lock:
             self._in_batch = batch
         try:

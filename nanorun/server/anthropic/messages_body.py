@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import ConfigDict, Field, StrictBool
 
 from nanorun.model.chat import GenerateOptions, Grammar
 from nanorun.model.think import Think
@@ -13,6 +13,7 @@ from nanorun.server.asked import Asked
 from nanorun.server.depth import EFFORTS, read_depth
 from nanorun.server.errors import ApiError
 from nanorun.server.history import to_continue
+from nanorun.server.limits import LimitedBody
 from nanorun.server.openai.formats import ResponseFormat
 from nanorun.server.tools import ToolChoice, function_tool
 
@@ -23,7 +24,7 @@ _LABELS = frozenset({
 """Fields that say nothing about the answer."""
 
 
-class MessagesRequest(BaseModel):
+class MessagesRequest(LimitedBody):
     """The body of a message, and of a count of its tokens."""
 
     model_config = ConfigDict(extra="allow")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import ConfigDict, Field, StrictBool, ValidationError
 
 from nanorun.model.chat import GenerateOptions, Grammar, Message, Prompt, RawPrompt
 from nanorun.model.think import Think
@@ -13,6 +13,7 @@ from nanorun.server.asked import Asked
 from nanorun.server.depth import read_depth
 from nanorun.server.errors import ApiError
 from nanorun.server.history import History, read_messages, to_continue
+from nanorun.server.limits import LimitedBody
 from nanorun.server.sampling_body import SamplingBody, asked_numbers
 from nanorun.server.tools import ToolIn
 
@@ -37,7 +38,7 @@ class _Options(SamplingBody):
     stop: list[str] | str | None = None
 
 
-class OllamaRequest(BaseModel):
+class OllamaRequest(LimitedBody):
     """What both have in common."""
 
     model_config = ConfigDict(extra="ignore")

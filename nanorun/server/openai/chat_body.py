@@ -26,6 +26,7 @@ from nanorun.server.asked import Asked
 from nanorun.server.depth import EFFORTS, read_depth
 from nanorun.server.errors import ApiError
 from nanorun.server.history import read_messages, to_continue
+from nanorun.server.limits import LimitedBody
 from nanorun.server.openai.formats import ResponseFormat, StructuredOutputs
 from nanorun.server.policy import understand
 from nanorun.server.sampling_body import SamplingBody, asked_numbers
@@ -52,7 +53,7 @@ class TemplateOptions(BaseModel):
     """False leaves the thinking of earlier turns in the prompt."""
 
 
-class AnswerBody(SamplingBody):
+class AnswerBody(LimitedBody, SamplingBody):
     """What chat and plain completions have in common."""
 
     model_config = ConfigDict(extra="forbid")

@@ -21,6 +21,7 @@ from nanorun.model.think import Think
 from nanorun.server.asked import Asked
 from nanorun.server.depth import read_depth
 from nanorun.server.errors import ApiError
+from nanorun.server.limits import LimitedBody
 from nanorun.server.openai.chat_body import TokenCount
 from nanorun.server.openai.formats import ResponseFormat
 from nanorun.server.openai.responses.items import kind_of, read_items
@@ -34,7 +35,7 @@ _SEALED_REASONING = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
 
 
-class ResponsesRequest(SamplingBody):
+class ResponsesRequest(SamplingBody, LimitedBody):
     """The body of a response; the numbers of sampling are `SamplingBody`'s."""
 
     model_config = ConfigDict(extra="forbid")
