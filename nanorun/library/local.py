@@ -36,6 +36,11 @@ def states_folder() -> Path:
     return _cache_folder() / "states"
 
 
+def responses_file() -> Path:
+    """Where the endpoint keeps what it answered, for those who go on from it."""
+    return _cache_folder() / "responses.sqlite3"
+
+
 def _cache_folder() -> Path:
     named = os.environ.get(CACHE_VARIABLE)
     try:

@@ -95,6 +95,7 @@ class EngineClient:
         self._starting = asyncio.Lock()
         self._notices: list[str] = []
         self._idle_timer: asyncio.Task[None] | None = None
+        self._n_restarts = 0
 
     @property
     def info(self) -> ModelInfo | None:
@@ -111,6 +112,11 @@ class EngineClient:
         """The child's process id, while there is one."""
         return self._child.pid if self._child and self._child.alive else None
 
+    @property
+    def n_restarts(self) -> int:
+        """Children that were started after one that died."""
+        return self._n_restarts
+
     async def start(self) -> ModelInfo:
         """Start the child and load the model, smaller if memory does not suffice.
 
@@ -123,6 +129,7 @@ class EngineClient:
             if self._child is not None and isinstance(self._child.death, EngineOutOfMemory):
                 self._shrink(self._child.death)
             while self._child is None or not self._child.alive:
+                self._n_restarts += self._child is not None
                 child = self._opening = Child()
                 try:
                     await child.start(self._model, self._options)
@@ -163,6 +170,7 @@ class EngineClient:
             if child.alive:
                 await child.stop()
             self._child = None
+            self._n_restarts += 1
             return self._shrink(error)
 
     def take_notice(self) -> str | None:

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nanorun.errors import ContextFull, EngineDied, EngineError, NanorunError, UsageError
+from nanorun.server.paths import near
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,10 @@ def _text(error: NanorunError) -> str:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Answer every failure of a route, and of routing itself, with a body of its API."""
+    """Answer failures of routes, and of routing itself, with a body of their API.
+
+    What nobody foresaw is answered by the gate around them.
+    """
 
     async def on_failure(request: Request, error: Exception) -> JSONResponse:
         return to_api_error(error).response(request.url.path)
@@ -139,7 +143,6 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ApiError, on_failure)
     app.add_exception_handler(NanorunError, on_failure)
-    app.add_exception_handler(Exception, on_failure)
 
 
 def _from_http(request: Request, error: HTTPException) -> ApiError:
@@ -147,12 +150,19 @@ def _from_http(request: Request, error: HTTPException) -> ApiError:
     where = f"{request.method} {request.url.path}"
     headers = dict(error.headers or {})
     if error.status_code == 404:
-        return ApiError(404, f"there is no {where}", code="unknown_url", headers=headers)
+        routes = near(request.url.path, _paths(request))
+        there_is = f"; there is {', '.join(routes)}" if routes else "; GET / lists what there is"
+        message = f"there is no {where}{there_is}"
+        return ApiError(404, message, code="unknown_url", headers=headers)
     if error.status_code == 405:
         message = f"{where} is not allowed; use {headers['Allow']}"
         return ApiError(405, message, code="method_not_allowed", headers=headers)
     code = "request_too_large" if error.status_code == 413 else None
     return ApiError(error.status_code, str(error.detail), code=code, headers=headers)
+
+
+def _paths(request: Request) -> list[str]:
+    return list(request.app.openapi()["paths"])
 
 
 def _from_validation(errors: Sequence[Any]) -> ApiError:

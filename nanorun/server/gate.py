@@ -7,19 +7,30 @@ an endpoint for this machine answers only to this machine's names.
 
 from __future__ import annotations
 
-import hmac
-from urllib.parse import urlsplit
+from collections.abc import Mapping
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanorun.server.errors import ApiError
-from nanorun.server.settings import ServerSettings, is_loopback
+from nanorun.server.errors import ApiError, to_api_error
+from nanorun.server.keys import Keyring
+from nanorun.server.origins import Origins, is_preflight
+from nanorun.server.paths import plain
+from nanorun.server.record import RequestRecord, record_of
+from nanorun.server.settings import ServerSettings
 
 _OPEN_PATHS = frozenset({"/health"})
 """Asked by process managers, which hold no key; tells nothing worth one."""
+_OPEN_HERE = frozenset({"/metrics"})
+"""Asked by scrapers of this machine without a key."""
+
+_SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
 
 
 class Gate:
@@ -28,124 +39,75 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:
         self._app = app
         self._settings = settings
-        self._keys = [key.encode() for key in settings.api_keys]
+        self._origins = Origins(settings)
+        self._keys = Keyring(settings.all_keys)
+        self._open = _OPEN_PATHS | _OPEN_HERE if settings.is_local else _OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer with an error or a preflight's answer, or pass the request on."""
+        """Answer with an error or pass the request on, by the plain form of its path."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope = {**scope, "path": plain_path(scope["path"])}
         headers = Headers(scope=scope)
-        shared = self._shared(headers, send)
+        is_head = scope["method"] == "HEAD"
+        record = record_of(scope)
+        scope = _plain_scope(scope)
+        reply = _Reply(send, self._headers_for(headers, record), has_body=not is_head)
         try:
-            is_preflight = scope["method"] == "OPTIONS"
-            self._check_names(headers, is_preflight=is_preflight)
-            if is_preflight:  # browsers send it without the key
-                await Response(status_code=204, headers=_preflight(headers))(scope, receive, shared)
+            self._origins.check(headers)
+            if is_preflight(scope["method"], headers):
+                await self._origins.preflight(headers)(scope, receive, reply)
                 return
-            if scope["path"] not in _OPEN_PATHS:
-                self._check_key(headers)
-            limited = self._limit(headers, receive)
+            if scope["path"] not in self._open:
+                self._check_key(headers, record)
+            await self._app(scope, self._limit(headers, receive, record), reply)
         except ApiError as error:
-            await error.response(scope["path"])(scope, receive, shared)
-            return
-        await self._app(scope, limited, shared)
+            await error.response(scope["path"])(scope, receive, reply)
+        except Exception as error:
+            # The framework would answer past this gate, without the headers that a page needs.
+            told = to_api_error(error)
+            if not reply.has_begun:
+                await told.response(scope["path"])(scope, receive, reply)
+            raise
+        finally:
+            # The router, within, leaves it there.
+            record.route = getattr(scope.get("route"), "path", None)
 
-    def _shared(self, headers: Headers, send: Send) -> Send:
-        """Marks answers as readable by the page that asked, if it is an allowed one."""
-        origin = headers.get("origin")
-        is_allowed = origin is not None and self._allows(origin)
+    def _headers_for(self, headers: Headers, record: RequestRecord) -> dict[str, str]:
+        """What every answer to a request carries."""
+        cors = self._origins.headers_for(headers.get("origin"))
+        may_read = "Access-Control-Allow-Origin" in cors
+        policy = {"Cross-Origin-Resource-Policy": "cross-origin"} if may_read else {}
+        return {"x-request-id": record.id, **_SECURITY_HEADERS, **policy, **cors}
 
-        async def send_shared(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                made = MutableHeaders(scope=message)
-                made["X-Content-Type-Options"] = "nosniff"
-                made.setdefault("Cache-Control", "no-store")
-                made.add_vary_header("Origin")
-                if is_allowed:
-                    made["Access-Control-Allow-Origin"] = str(origin)
-                    made["Access-Control-Expose-Headers"] = "Retry-After"
-            await send(message)
-
-        return send_shared
-
-    def _allows(self, origin: str) -> bool:
-        is_own = self._settings.is_local and is_loopback(_host_name(origin))
-        return is_own or self._settings.allows_origin(origin)
-
-    def _check_names(self, headers: Headers, *, is_preflight: bool) -> None:
-        host, origin = headers.get("host", ""), headers.get("origin")
-        name = _host_name(f"//{host}")
-        names = {known.lower() for known in self._settings.allowed_hosts}
-        if self._settings.is_local and not is_loopback(name) and not names & {name, "*"}:
-            raise _forbidden(
-                f"host {host!r} is not a name of this machine; if it is meant to be one, start"
-                f" nanorun serve --allow-host {name or 'NAME'}"
-            )
-        if origin is None or self._allows(origin):
-            return
-        # Beyond loopback a key is asked for, which a page of elsewhere does not have.
-        if self._settings.is_local or is_preflight:
-            raise _forbidden(
-                f"origin {origin!r} is not a page of this machine; if it may ask, start"
-                f" nanorun serve --allow-origin {origin}"
-            )
-
-    def _check_key(self, headers: Headers) -> None:
+    def _check_key(self, headers: Headers, record: RequestRecord) -> None:
+        """Note whose request it is."""
         if not self._keys:
             return
-        scheme, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        # Header bytes come decoded as Latin-1; a key typed as UTF-8 is compared by its bytes.
-        token = given.strip().encode("latin-1")
-        is_known = False
-        # Every key is compared in full, so that the time taken tells nothing about any of them.
-        for key in self._keys:
-            is_known |= hmac.compare_digest(token, key)
-        if not is_known:
+        record.key = self._keys.name_of(_given_key(headers))
+        if record.key is None:
             raise ApiError(
                 401,
-                "a valid API key is needed: Authorization: Bearer KEY (or x-api-key: KEY)",
+                "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _limit(self, headers: Headers, receive: Receive) -> Receive:
+    def _limit(self, headers: Headers, receive: Receive, record: RequestRecord) -> Receive:
         """Count the body while it arrives; a length that is announced is refused unread."""
         limit = self._settings.max_body_bytes
         announced = headers.get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             raise _too_large(limit)
-        n_read = 0
 
         async def receive_within() -> Message:
-            nonlocal n_read
             message = await receive()
-            n_read += len(message.get("body", b""))
-            if n_read > limit:
+            record.n_body_bytes += len(message.get("body", b""))
+            if record.n_body_bytes > limit:
                 raise _BodyTooLarge(limit)
             return message
 
         return receive_within
-
-
-def plain_path(path: str) -> str:
-    """A path as routes have it: `//v1/models/` and `/v1/v1/models` are `/v1/models`."""
-    plain = "/" + "/".join(part for part in path.split("/") if part)
-    while plain.startswith("/v1/v1/"):
-        plain = plain.removeprefix("/v1")
-    return plain
-
-
-def _preflight(headers: Headers) -> dict[str, str]:
-    """What a browser is told before it lets a page ask."""
-    return {
-        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-        "Access-Control-Allow-Headers": headers.get("access-control-request-headers", "*"),
-        "Access-Control-Allow-Private-Network": "true",
-        "Access-Control-Max-Age": "600",
-    }
 
 
 class _BodyTooLarge(HTTPException):
@@ -166,13 +128,38 @@ def _too_large(limit: int) -> ApiError:
     )
 
 
-def _forbidden(message: str) -> ApiError:
-    return ApiError(403, message, code="forbidden")
+def _given_key(headers: Headers) -> bytes:
+    """The key of a request: as a bearer's token or, as Anthropic's clients do, in x-api-key."""
+    scheme, _, given = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = headers.get("x-api-key", "")
+    # Header bytes come decoded as Latin-1; a key typed as UTF-8 is compared by its bytes.
+    return given.strip().encode("latin-1")
 
 
-def _host_name(url: str) -> str:
-    """The host of an address without its port; empty if there is none."""
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
+def _plain_scope(scope: Scope) -> Scope:
+    """The request as the routes know it. HEAD is answered as GET is, without the body."""
+    path = plain(scope["path"])
+    method = "GET" if scope["method"] == "HEAD" else scope["method"]
+    return {**scope, "path": path, "raw_path": path.encode(), "method": method}
+
+
+class _Reply:
+    """Sends an answer with further headers, and without its body where none is wanted."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str], *, has_body: bool) -> None:
+        self.has_begun = False
+        self._send = send
+        self._headers = headers
+        self._has_body = has_body
+
+    async def __call__(self, message: Message) -> None:
+        """Send a part of it."""
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            headers = MutableHeaders(scope=message)
+            headers.update(self._headers)
+            headers.setdefault("Cache-Control", "no-store")
+        elif not self._has_body:
+            message = {**message, "body": b""}
+        await self._send(message)

@@ -24,6 +24,8 @@ ROLES = {
     "tool": "tool",
     "function": "tool",
 }
+SYSTEM_JOINT = "\n\n"
+"""Between two system texts that become one message."""
 _TEXTS = frozenset({
     "text", "input_text", "output_text", "refusal", "summary_text", "reasoning_text",
 })  # fmt: skip
@@ -36,10 +38,12 @@ class History:
 
     Args:
         i_current: Index of the first message that is asked now; those before are past.
+        field: Where the messages stand in the request, for errors.
     """
 
-    def __init__(self, i_current: int = 0) -> None:
+    def __init__(self, i_current: int = 0, field: str = "messages") -> None:
         self._i_current = i_current
+        self._field = field
         self._i_message = 0
         self._notes: dict[str, None] = {}
 
@@ -162,7 +166,7 @@ class History:
         self._notes[text] = None
 
     def _refused(self, field: str, why: str) -> ApiError:
-        param = f"messages[{self._i_message}].{field}"
+        param = f"{self._field}[{self._i_message}].{field}"
         return ApiError(400, f"{param}: {why}", code="invalid_value", param=param)
 
 
@@ -176,6 +180,19 @@ def read_messages(raw: list[dict[str, Any]]) -> tuple[tuple[Message, ...], tuple
     history = History(replies[-1] + 1 if replies else 0)
     messages = tuple(history.read(i, message) for i, message in enumerate(raw))
     return messages, history.notices
+
+
+def to_continue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], bool]:
+    """The messages, and whether the last of them is a reply that was begun and goes on.
+
+    One without a word is how some clients say who speaks next.
+    """
+    last = messages[-1] if messages else Message("user")
+    if last.role != "assistant" or last.tool_calls:
+        return messages, False
+    if len(messages) > 1 and not (last.content or last.thinking):
+        return messages[:-1], False
+    return messages, True
 
 
 def _kind(part: Any) -> str:

@@ -46,10 +46,11 @@ def _cannot_listen(host: str, port: int, error: OSError) -> NanorunError:
     )
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, *, tls: bool = False) -> str:
     """The base URL that clients use."""
+    scheme = "https" if tls else "http"
     host, port = listener.getsockname()[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 class _Server(uvicorn.Server):
@@ -78,7 +79,7 @@ async def serve(
     Args:
         app: The endpoint.
         listener: From `bind`; closed at the end.
-        settings: How long to drain.
+        settings: How long to drain, and the certificate.
         on_ready: Called once connections are taken, with the server; setting its `should_exit`
             stops it as a signal does.
     """
@@ -90,7 +91,9 @@ async def serve(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        lifespan="off",
+        lifespan="on",
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         backlog=_BACKLOG,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
     )

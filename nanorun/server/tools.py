@@ -55,6 +55,23 @@ class ToolIn(BaseModel):
         return {"type": self.type, "function": self.function.model_dump(exclude_none=True)}
 
 
+def function_tool(
+    name: str, description: Any, parameters: Any, *, strict: Any = None
+) -> dict[str, Any]:
+    """A tool in OpenAI's form, made of another API's.
+
+    Raises:
+        ApiError: If it cannot be offered.
+    """
+    fields = {"name": name, "description": description, "parameters": parameters, "strict": strict}
+    try:
+        function = FunctionIn.model_validate(fields)
+    except ValueError as error:
+        message = f"tools: tool {name!r} cannot be offered: {error}"
+        raise ApiError(400, message, code="invalid_value", param="tools") from error
+    return {"type": "function", "function": function.model_dump(exclude_none=True)}
+
+
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
     """Which of the tools may or must be called."""
@@ -89,7 +106,7 @@ class ToolChoice:
             return cls(
                 cls.read(allowed.get("mode", "auto")).mode, tuple(_name_of(tool) for tool in tools)
             )
-        if kind in ("function", "tool", None):
+        if kind in ("function", "tool", "custom", None):
             return cls("required", (_name_of(value),))
         raise _refused(f"type {kind!r} is not served; function, auto, any and allowed_tools are")
 

@@ -56,6 +56,10 @@ class Writer(ABC):
     def write(self, i_choice: int, event: Event) -> Iterable[bytes]:
         """What a stream says of an event that was taken."""
 
+    async def settle(self) -> None:
+        """Do what must be done once every answer has finished and before its end is told."""
+        return
+
     @abstractmethod
     def closing(self) -> Iterable[bytes]:
         """What a stream ends with once every answer has finished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx
 import ollama
 import openai
 import pytest
@@ -57,6 +59,22 @@ def said_by(message: Any) -> tuple[str, str]:
     return thinking, "".join(b.text for b in message.content if b.type == "text")
 
 
+def thinking_in(response: Any) -> str:
+    """Thinking of a response."""
+    items = [item for item in response.output if item.type == "reasoning"]
+    return "".join(part.text for item in items for part in item.content)
+
+
+def _respond_both_ways(client: openai.OpenAI, **arguments: Any) -> list[Any]:
+    """A response made whole, and one that the client built of a stream."""
+    whole = client.responses.create(**arguments)
+    with client.responses.stream(**arguments) as stream:
+        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        streamed = stream.get_final_response()
+    assert text == streamed.output_text
+    return [whole, streamed]
+
+
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_every_api_says_the_same(
     url: str, claude: anthropic.Anthropic, llama: ollama.Client, question: str
@@ -66,8 +84,21 @@ def test_every_api_says_the_same(
         reply = client.chat.completions.create(
             model="pico", messages=asked, temperature=0, max_tokens=200
         )
+        responses = _respond_both_ways(
+            client, input=asked, temperature=0, max_output_tokens=200, model="pico"
+        )
+        prompt = httpx.post(f"{url}/apply-template", json={"messages": asked}).json()["prompt"]
+        raw = client.completions.create(model="pico", prompt=prompt, temperature=0, max_tokens=200)
     said = reply.choices[0].message
     expected = (said.reasoning or "", said.content or "")  # type: ignore[attr-defined]
+    (choice,) = raw.choices
+    assert (choice.reasoning, choice.text.strip()) == expected  # type: ignore[attr-defined]
+    asked_for = httpx.post(f"{url}/tokenize", json={"messages": asked}).json()
+    assert asked_for["count"] == reply.usage.prompt_tokens == raw.usage.prompt_tokens
+    counted = claude.messages.count_tokens(model="pico", messages=asked)
+    assert counted.input_tokens == asked_for["count"]
+    for response in responses:
+        assert (thinking_in(response), response.output_text) == expected
     arguments: dict[str, Any] = {"model": "pico", "messages": asked, "max_tokens": 200,
                                  "extra_body": {"temperature": 0}}  # fmt: skip
     assert said_by(claude.messages.create(**arguments)) == expected
@@ -83,6 +114,29 @@ def test_every_api_says_the_same(
     assert "".join(part.content or "" for part in parts) == expected[1]
     generated = llama.generate("pico", question, options=options)
     assert ((generated.thinking or ""), generated.response) == expected
+
+
+def test_answer_that_was_begun_goes_on_through_each_api(
+    url: str, claude: anthropic.Anthropic, llama: ollama.Client
+) -> None:
+    asked: list[Any] = [{"role": "user", "content": "What is 4785 + 697?"}]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        ask: dict[str, Any] = {"model": "pico", "temperature": 0}
+        said = client.chat.completions.create(messages=asked, **ask).choices[0].message
+        thinking = said.reasoning  # type: ignore[attr-defined]
+        begun: Any = {"role": "assistant", "content": "54", "reasoning": thinking}
+        rest = client.chat.completions.create(messages=[*asked, begun], **ask).choices[0].message
+    assert (said.content, rest.content) == ("5482", "82")
+    blocks = [{"type": "thinking", "thinking": thinking, "signature": ""},
+              {"type": "text", "text": "54"}]  # fmt: skip
+    turns: list[Any] = [*asked, {"role": "assistant", "content": blocks}]
+    message = claude.messages.create(
+        model="pico", messages=turns, max_tokens=99, extra_body={"temperature": 0}
+    )
+    assert said_by(message) == ("", "82")
+    turns = [*asked, {"role": "assistant", "content": "54", "thinking": thinking}]
+    told = llama.chat("pico", turns, options={"temperature": 0}).message
+    assert (told.thinking, told.content) == (None, "82")
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -151,3 +205,37 @@ def test_ollamas_client_calls_the_calculator_and_sees_the_model(llama: ollama.Cl
     assert llama.ps().models[0].context_length
     with pytest.raises(ollama.ResponseError, match="is not served"):
         llama.pull("nano")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_responses_call_the_calculator_and_say_what_it_said(
+    url: str, streamed: bool, stored: bool
+) -> None:
+    """Stored, the second request names the first; else it sends everything back."""
+    parameters = {**CALCULATOR["input_schema"], "additionalProperties": False}
+    function = {"type": "function", "name": "calculator", "strict": True, "parameters": parameters}
+    asked: list[Any] = [{"role": "user", "content": "Use the calculator: what is 12 + 34?"}]
+    ask = {"model": "pico", "tools": [function], "max_output_tokens": 400, "store": stored}
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        first = _respond(client, streamed, input=asked, tool_choice="required", **ask)
+        (call,) = [item for item in first.output if item.type == "function_call"]
+        assert set(json.loads(call.arguments)) == {"expression"}
+        result = {"type": "function_call_output", "call_id": call.call_id, "output": "46"}
+        if stored:
+            ask |= {"input": [result], "previous_response_id": first.id}
+        else:
+            given = [item.model_dump(exclude_none=True) for item in first.output]
+            ask["input"] = [*asked, *given, result]
+        second = _respond(client, streamed, **ask)
+    assert "46" in second.output_text
+    n_new = second.usage.input_tokens - first.usage.input_tokens
+    n_read = second.usage.input_tokens - second.usage.input_tokens_details.cached_tokens
+    assert n_read <= n_new + 16
+
+
+def _respond(client: openai.OpenAI, streamed: bool, **arguments: Any) -> Any:
+    if not streamed:
+        return client.responses.create(**arguments)
+    with client.responses.stream(**arguments) as stream:
+        return stream.get_final_response()

@@ -130,7 +130,7 @@ def preflight(origin: str) -> dict[str, str]:
 
 
 async def test_page_that_is_allowed_asks_and_reads(endpoint: Make) -> None:
-    api = endpoint(reply("x"), allowed_origins=(PAGE,), api_keys=("k",))
+    api = endpoint(reply("x"), allow_origins=(PAGE,), api_keys=("k",))
     before = await api.request("OPTIONS", CHAT, headers=preflight(PAGE))
     assert before.status_code == 204
     assert before.headers["access-control-allow-origin"] == PAGE
@@ -144,48 +144,6 @@ async def test_page_that_is_allowed_asks_and_reads(endpoint: Make) -> None:
     refused = await api.request("POST", CHAT, json=body, headers={"origin": PAGE})
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == PAGE  # or it could not read why
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-async def test_page_that_is_not_allowed_is_told_how(endpoint: Make, host: str) -> None:
-    api = endpoint(host=host, api_keys=("k",), allowed_origins=("https://other.example",))
-    response = await api.request("OPTIONS", CHAT, headers=preflight(PAGE))
-    assert response.status_code == 403
-    assert f"nanorun serve --allow-origin {PAGE}" in error_of(response)["message"]
-    assert "access-control-allow-origin" not in response.headers
-
-
-async def test_any_page_may_ask_where_a_star_says_so(endpoint: Make) -> None:
-    api = endpoint(allowed_origins=("*",))
-    for origin in (PAGE, "null", "tauri://localhost", "vscode-webview://abc"):
-        response = await api.request("GET", "/v1/models", headers={"origin": origin})
-        assert response.headers["access-control-allow-origin"] == origin
-
-
-async def test_name_that_is_allowed_is_this_machine(endpoint: Make) -> None:
-    headers = {"host": "host.docker.internal:8080"}
-    refused = await endpoint().request("GET", "/v1/models", headers=headers)
-    assert "--allow-host host.docker.internal" in error_of(refused)["message"]
-    api = endpoint(allowed_hosts=("host.docker.internal",))
-    assert (await api.request("GET", "/v1/models", headers=headers)).status_code == 200
-
-
-@pytest.mark.parametrize("path", ["//v1/models", "/v1//models", "/v1/models/", "/v1/v1/models"])
-async def test_path_with_too_much_is_the_plain_one(endpoint: Make, path: str) -> None:
-    response = await endpoint().request("GET", f"http://127.0.0.1:8080{path}")
-    assert response.status_code == 200
-    assert response.json()["object"] == "list"
-
-
-@pytest.mark.parametrize("path", ["/", "/v1", "/v1/"])
-async def test_front_door_says_what_is_where(endpoint: Make, path: str) -> None:
-    body = (await endpoint().request("GET", path)).json()
-    assert {"/v1/chat/completions", "/v1/messages", "/api/chat", "/health"} <= set(body["paths"])
-
-
-@pytest.mark.parametrize("path", ["/", "/health", "/v1/models"])
-async def test_look_without_a_body_is_answered(endpoint: Make, path: str) -> None:
-    assert (await endpoint().request("HEAD", path)).status_code == 200
 
 
 async def test_answers_are_marked_as_what_they_are(endpoint: Make) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,30 +18,31 @@ from nanorun.cli.planning import Opening, log_memory, parse_draft, plan_opening
 from nanorun.errors import UsageError
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import Think
-from nanorun.model.units import parse_duration
+from nanorun.model.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     import socket
 
     from nanorun.runtime.client import EngineClient
+    from nanorun.server.keys import ApiKey
     from nanorun.server.settings import ServerSettings
 
 _NETWORK = "Network"
 
 
-class ThinkingField(StrEnum):
-    """Names of the thinking in chat completions."""
+class ReasoningField(StrEnum):
+    """Names under which chat completions can give the thinking."""
 
     REASONING = "reasoning"
     REASONING_CONTENT = "reasoning_content"
     BOTH = "both"
 
-
-_THINKING_FIELDS = {
-    ThinkingField.REASONING: ("reasoning",),
-    ThinkingField.REASONING_CONTENT: ("reasoning_content",),
-    ThinkingField.BOTH: ("reasoning", "reasoning_content"),
-}
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The fields that are sent."""
+        if self is ReasoningField.BOTH:
+            return ("reasoning", "reasoning_content")
+        return (self.value,)
 
 
 def command(
@@ -75,12 +78,35 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="Keys, one a line, as `name: key` or `key`, like NANORUN_API_KEYS.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    max_per_key: Annotated[
+        int | None,
+        typer.Option(
+            "--max-per-key",
+            metavar="N",
+            min=1,
+            help="Requests of one key at a time; the next is told to come back later (429).",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     allow_origins: Annotated[
         list[str] | None,
         typer.Option(
             "--allow-origin",
             metavar="ORIGIN",
-            help="Page of elsewhere that may ask (https://app.example, * for any); repeatable.",
+            help="Origin whose pages may ask and read answers (https://app.example, null, *);"
+            " may be repeated.",
+            show_default=False,
             rich_help_panel=_NETWORK,
         ),
     ] = None,
@@ -89,7 +115,29 @@ def command(
         typer.Option(
             "--allow-host",
             metavar="NAME",
-            help="Further name of this machine (host.docker.internal); repeatable.",
+            help="Further name that requests may call this endpoint by (host.docker.internal);"
+            " may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-cert",
+            metavar="FILE",
+            help="Certificate (PEM): answer over https.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-key",
+            metavar="FILE",
+            help="The certificate's private key (PEM, no password).",
+            show_default=False,
             rich_help_panel=_NETWORK,
         ),
     ] = None,
@@ -99,14 +147,44 @@ def command(
             "--max-queued",
             metavar="N",
             min=0,
-            help="Requests that may wait; further ones are sent away with 429.",
+            help="Requests that may wait; the next is told to come back later (429).",
             rich_help_panel=_NETWORK,
         ),
     ] = 512,
+    max_queued_size: Annotated[
+        str,
+        typer.Option(
+            "--max-queued-size",
+            metavar="SIZE",
+            help="Bodies of waiting requests together; a request beyond gets 429.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "256MiB",
+    max_wait: Annotated[
+        str,
+        typer.Option(
+            "--max-wait",
+            metavar="TIME",
+            help="A request that waits longer for its turn gets 429 (10m, forever).",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "10m",
+    aliases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--alias",
+            metavar="NAME",
+            help="Further name of the model towards clients; may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
     any_model: Annotated[
         bool,
         typer.Option(
-            "--any-model", help="Answer whatever model a request names.", rich_help_panel=_NETWORK
+            "--any-model",
+            help="Answer to every model name that clients send.",
+            rich_help_panel=_NETWORK,
         ),
     ] = False,
     ollama: Annotated[
@@ -115,14 +193,30 @@ def command(
             "--ollama/--no-ollama", help="Serve Ollama's routes, too.", rich_help_panel=_NETWORK
         ),
     ] = True,
-    thinking_field: Annotated[
-        ThinkingField,
+    reasoning_field: Annotated[
+        ReasoningField,
         typer.Option(
             "--reasoning-field",
-            help="Name under which chat completions give the thinking.",
+            help="Where chat completions give the thinking.",
             rich_help_panel=_NETWORK,
         ),
-    ] = ThinkingField.REASONING,
+    ] = ReasoningField.REASONING,
+    log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--log-requests/--no-log-requests",
+            help="Tell of each request on stderr, one line without contents.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = True,
+    log_contents: Annotated[
+        bool,
+        typer.Option(
+            "--log-contents",
+            help="Tell what is asked and answered, too: 4 KiB of each, for debugging.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = False,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
     n_parallel: Annotated[
@@ -152,28 +246,43 @@ def command(
 ) -> None:
     """Answer over HTTP, in the words of OpenAI, Anthropic and Ollama.
 
-    Serves /v1/chat/completions, /v1/completions, /v1/models, /v1/messages, Ollama's /api/chat,
-    /api/generate, /api/tags, /api/show and /api/ps, and /health. SIGTERM or Ctrl-C lets answers
-    under way finish; a second Ctrl-C does not.
+    Serves /v1/chat/completions, /v1/responses, /v1/completions, /v1/models, /v1/messages, Ollama's
+    /api/chat and /api/generate, and /health; GET / lists all. SIGTERM or Ctrl-C lets answers under
+    way finish; a second Ctrl-C does not.
     """
+    from nanorun.library.local import responses_file
     from nanorun.runtime.client import EngineClient
     from nanorun.server.listen import bind
     from nanorun.server.settings import ServerSettings
+    from nanorun.server.tls import check_pair
 
+    show_logs(verbose=verbose, requests=log_requests or log_contents)
     settings = ServerSettings(
         host=host,
         api_keys=tuple(api_keys or ()),
+        named_keys=_named_keys(api_key_file),
+        max_per_key=max_per_key,
+        allow_origins=tuple(allow_origins or ()),
+        allow_hosts=tuple(allow_hosts or ()),
+        tls_cert=tls_cert,
+        tls_key=tls_key,
         n_parallel=n_parallel,
-        think=Think.parse(think),
-        allowed_origins=tuple(allow_origins or ()),
-        allowed_hosts=tuple(allow_hosts or ()),
         max_queued=max_queued,
+        max_queued_bytes=parse_size(max_queued_size),
+        max_wait_s=_limit_s(max_wait),
+        log_requests=log_requests,
+        log_contents=log_contents,
+        aliases=tuple(aliases or ()),
         any_model=any_model,
         ollama=ollama,
-        thinking_fields=_THINKING_FIELDS[thinking_field],
+        responses_file=responses_file() if state else None,
+        thinking_fields=reasoning_field.names,
+        think=Think.parse(think),
     )
     check_keys(settings)
-    show_logs(verbose=verbose)
+    check_pair(tls_cert, tls_key)
+    if log_contents:
+        note("what people ask and are answered is written to this log (--log-contents)")
     path = find_model(model)
     fixed = EngineOptions(
         n_parallel=n_parallel, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
@@ -182,31 +291,48 @@ def command(
         model, path, n_ctx, command="serve", fixed=fixed, leave=leave, keeps_texts=True
     )
     client = EngineClient(
-        path, opening.options, smaller=opening.smaller, keep_alive_s=_idle_limit(keep_alive)
+        path, opening.options, smaller=opening.smaller, keep_alive_s=_limit_s(keep_alive)
     )
     # Bound before the model is loaded: a port that is taken should not cost that wait.
     listener = bind(host, port)
     asyncio.run(_serve(client, opening, display_name(model), listener, settings))
 
 
-def _idle_limit(keep_alive: str) -> float | None:
-    """Seconds of `--keep-alive`; None to keep the model for good."""
-    return None if keep_alive.strip().lower() == "forever" else parse_duration(keep_alive)
+def _limit_s(text: str) -> float | None:
+    """Seconds of `--keep-alive` or `--max-wait`; None for no limit."""
+    return None if text.strip().lower() == "forever" else parse_duration(text)
+
+
+def _named_keys(file: Path | None) -> tuple[ApiKey, ...]:
+    """The keys of `--api-key-file` and of NANORUN_API_KEYS."""
+    from nanorun.server.keys import read_key_file, read_keys
+
+    of_file = () if file is None else read_key_file(file)
+    lines = os.environ.get("NANORUN_API_KEYS", "")
+    return (*of_file, *(read_keys(lines, "NANORUN_API_KEYS") if lines else ()))
 
 
 def check_keys(settings: ServerSettings) -> None:
     """Let nobody's machine be open to its network by accident.
 
     Raises:
-        UsageError: If others can reach the endpoint and it asks for no key, or for an empty one.
+        UsageError: If others can reach the endpoint and it asks for no key, or keys cannot be
+            told apart.
     """
-    if not all(key.strip() for key in settings.api_keys):
-        raise UsageError("an API key is empty")
-    if settings.is_local or settings.api_keys:
+    from nanorun.server.keys import check_distinct
+
+    keys = settings.all_keys
+    check_distinct(keys)
+    if settings.max_per_key is not None and not keys:
+        raise UsageError(
+            "--max-per-key limits requests of a key, and there is no key",
+            tries=["nanorun serve --api-key-file FILE --max-per-key 2"],
+        )
+    if settings.is_local or keys:
         return
     raise UsageError(
         f"listening on {settings.host} lets others in, and there is no API key",
-        facts=["a key may come from --api-key or from NANORUN_API_KEY"],
+        facts=["keys may come from --api-key, --api-key-file, NANORUN_API_KEY or NANORUN_API_KEYS"],
         tries=[f"NANORUN_API_KEY=$(openssl rand -hex 16) nanorun serve --host {settings.host}"],
     )
 
@@ -228,12 +354,17 @@ async def _serve(
         status.clear()
         log_memory(opening, client.options, client.pid)
         greeting = (
-            f"serving {name} on {url_of(listener)} "
+            f"serving {name} on {url_of(listener, tls=settings.tls_cert is not None)} "
             f"(n_ctx {info.n_ctx}, {settings.n_parallel} in parallel, {info.device})"
         )
         # The server repeats the signal that stopped it once it is done; ending well is no failure.
         signal.signal(signal.SIGTERM, lambda _signum, _frame: None)
-        app = create_app(client, model_name=name, settings=settings)
+        app = create_app(
+            client,
+            model_name=name,
+            settings=settings,
+            planned_bytes=lambda: opening.planned_bytes.get(client.options),
+        )
         await serve(app, listener, settings, lambda _server: note(greeting))
     finally:
         status.clear()

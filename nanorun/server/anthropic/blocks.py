@@ -13,12 +13,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nanorun.model.chat import Message, ToolCall
-from nanorun.server.history import History
+from nanorun.server.history import SYSTEM_JOINT, History
 
 _BOOKKEEPING = "x-anthropic-billing-header:"
 """Begins a block that Claude Code writes for its vendor; it depends on the first question."""
-_JOINT = "\n\n"
-"""Between two system texts."""
 
 
 def read_conversation(
@@ -38,7 +36,7 @@ def read_conversation(
     first_reply = replies[0] if replies else len(raw)
     opening = [m.get("content") for m in raw[:first_reply] if m.get("role") in _SYSTEM]
     texts = [text for content in (system, *opening) for text in reader.system_texts(content)]
-    messages = [Message("system", _JOINT.join(texts))] if texts else []
+    messages = [Message("system", SYSTEM_JOINT.join(texts))] if texts else []
     for i, message in enumerate(raw):
         if i >= first_reply or message.get("role") not in _SYSTEM:
             messages += reader.read(i, message)
@@ -69,7 +67,7 @@ class _Reader:
         blocks = content if isinstance(content, list) else [content]
         if role in _SYSTEM:
             # Joined as those in front are, or the next turn would have other tokens.
-            text = _JOINT.join(self.system_texts(content))
+            text = SYSTEM_JOINT.join(self.system_texts(content))
             return [Message("system", text)] if text else []
         if role == "assistant":
             return [self._reply(i_message, blocks)]

@@ -12,8 +12,9 @@ from nanorun.server.anthropic.blocks import read_conversation
 from nanorun.server.asked import Asked
 from nanorun.server.depth import EFFORTS, read_depth
 from nanorun.server.errors import ApiError
+from nanorun.server.history import to_continue
 from nanorun.server.openai.formats import ResponseFormat
-from nanorun.server.tools import FunctionIn, ToolChoice
+from nanorun.server.tools import ToolChoice, function_tool
 
 _LABELS = frozenset({
     "anthropic_beta", "betas", "cache_control", "container", "context_management", "inference_geo",
@@ -53,6 +54,7 @@ class MessagesRequest(BaseModel):
         if self.mcp_servers:
             raise _invalid("mcp_servers", "this server calls no others; offer their tools as tools")
         messages, notices = read_conversation(self.system, self.messages)
+        messages, is_begun = to_continue(messages)
         offered, listed = self._tools()
         choice = ToolChoice.read(self.tool_choice)
         tools = choice.offered(offered)
@@ -70,6 +72,7 @@ class MessagesRequest(BaseModel):
             is not True,
             grammar=self._grammar(),
             echo_thinking=self._echoes_thinking,
+            continue_final=is_begun,
         )
         told = (
             *notices,
@@ -91,18 +94,12 @@ class MessagesRequest(BaseModel):
             if tool.get("type") not in (None, "custom"):
                 listed.append(name)
                 continue
-            fields = {
-                "name": name,
-                "description": tool.get("description"),
-                "parameters": tool.get("input_schema"),
-                "strict": tool.get("strict"),
-            }
-            try:
-                function = FunctionIn.model_validate(fields)
-            except ValueError as error:
-                raise _invalid("tools", f"tool {name!r} cannot be offered: {error}") from error
-            made = function.model_dump(exclude_none=True)
-            offered.append({"type": "function", "function": made})
+            offered.append(
+                function_tool(
+                    name, tool.get("description"), tool.get("input_schema"),
+                    strict=tool.get("strict"),
+                )
+            )  # fmt: skip
         return offered, listed
 
     def _think(self, default: Think) -> Think:
@@ -121,7 +118,7 @@ class MessagesRequest(BaseModel):
         if given is None:
             return None
         try:
-            schema = ResponseFormat.model_validate(given).schema_text()
+            schema = ResponseFormat.model_validate(given).schema_text("output_config.format")
         except ValueError as error:
             raise _invalid("output_config.format", str(error)) from error
         return None if schema is None else Grammar("json_schema", schema)

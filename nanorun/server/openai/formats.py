@@ -46,17 +46,21 @@ class ResponseFormat(BaseModel):
             return {**value, "json_schema": {"name": "schema", "schema": wrapped}}
         return value
 
-    def schema_text(self) -> str | None:
-        """The schema as JSON; None for free text."""
+    def schema_text(self, field: str = "response_format") -> str | None:
+        """The schema as JSON; None for free text.
+
+        Args:
+            field: Where the format stands in the request, for the error.
+
+        Raises:
+            ApiError: If there is none though the type says so.
+        """
         if self.type == "text":
             return None
         if self.type == "json_object":
             return '{"type": "object"}'
         if self.json_schema is None:
-            raise ApiError(
-                400, "response_format has no json_schema", code="invalid_value",
-                param="response_format",
-            )  # fmt: skip
+            raise ApiError(400, f"{field} has no schema", code="invalid_value", param=field)
         return json.dumps(self.json_schema.schema_)
 
 

@@ -17,7 +17,6 @@ def models_routes(service: Service) -> APIRouter:
     created = int(time.time())
 
     @router.get("/models", include_in_schema=False)
-    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         """The models there are: one."""
