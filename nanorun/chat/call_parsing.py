@@ -22,6 +22,15 @@ _NOT_A_CALL = "not a tool call"
 
 
 @dataclass(frozen=True, slots=True)
+class AroundCall:
+    """Text that stood before a call or after it."""
+
+    text: str
+    end: int
+    """Characters that the reader was given up to the end of the text."""
+
+
+@dataclass(frozen=True, slots=True)
 class CallBegins:
     """A call of a tool on offer, whose arguments are still to come."""
 
@@ -153,3 +162,14 @@ def unusable(text: str, what: str = _NOT_A_CALL) -> ParsedCall:
     if not text.strip():
         return ParsedCall("", problem="an empty tool call")
     return ParsedCall("", problem=f"{what}:\n{text.strip()}")
+
+
+def begins_tag(text: str, tags: tuple[str, ...]) -> bool:
+    """Whether a text is the beginning of a tag, or a whole one."""
+    return any(tag.startswith(text) for tag in tags)
+
+
+def without_closer(text: str, closer: str) -> str:
+    """The text without a closing tag at its end, and the blanks around that."""
+    stripped = text.rstrip()
+    return stripped.removesuffix(closer) if stripped.endswith(closer) else text

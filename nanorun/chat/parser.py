@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from nanorun.chat.call_events import CallEvents, unread
-from nanorun.chat.call_parsing import CallBegins, CallText, ParsedCall
+from nanorun.chat.call_parsing import AroundCall, CallBegins, CallText, ParsedCall
 from nanorun.chat.markup import CALL, END_CALL, END_THINK, THINK
+from nanorun.chat.origins import Origins
 from nanorun.chat.phrases import PhraseMatcher
 from nanorun.chat.tool_calls import ToolCallReader
 from nanorun.chat.tool_values import ToolSet
@@ -67,6 +68,8 @@ class ReplyParser:
         """The stop string that ended the answer."""
         self.n_tool_calls = 0
         """Tool calls so far, unusable ones included."""
+        self.origins = Origins()
+        """Which characters of the reply came out as text."""
         self._tools = ToolSet(tools)
         self._stops = frozenset(filter(None, stop))
         self._tags = _THINKING_TAGS | _CALL_TAGS if self._tools else _THINKING_TAGS
@@ -79,13 +82,14 @@ class ReplyParser:
         self._answer_tags = PhraseMatcher([*self._stops, *self._openers, *self._tags])
         self._events: list[Event] = []
         self._reader: ToolCallReader | None = None
+        self._n_before_call = 0  # characters before what the reader was given
         self._call: CallEvents | None = None  # that has begun
         self._n_begun = 0
         self._mode: _Mode
         self._matcher: PhraseMatcher
         self._pending: str  # text that may be the beginning of a phrase
         self._skip: re.Pattern[str] | None  # what is left out before the text begins
-        self._blanks: list[str]  # white space at the end of the text so far
+        self._blanks: list[tuple[int, str]]  # white space at the end of the text, and where it is
         self._has_text: bool
         self._has_answered = False
         self._follows_call = False
@@ -113,6 +117,17 @@ class ReplyParser:
         """Whether there was any answer: text, a tool call, or what may become one."""
         in_call = self._reader is not None
         return self._has_answered or bool(self.n_tool_calls) or in_call or bool(self._pending)
+
+    @property
+    def n_settled(self) -> int:
+        """Characters from the beginning that came out or never will."""
+        if self._mode == "over":
+            return self.origins.n_read
+        if self._blanks:
+            return self._blanks[0][0]
+        if self._reader is not None:
+            return self._n_before_call
+        return self.origins.n_read - len(self._pending)
 
     def feed(self, piece: bytes, *, control: bool = False) -> list[Event]:
         """Read the next bytes of the reply.
@@ -149,13 +164,16 @@ class ReplyParser:
         i = 0
         while i < len(text) and self._mode != "over":
             if self._reader is not None:
-                i = self._reader.feed(text, i)
+                end = self._reader.feed(text, i)
+                self.origins.n_read += end - i
                 self._drain(self._reader)
             else:
-                i = self._read_text(text, i)
+                end = self._read_text(text, i)
+            i = end
 
     def _read_text(self, text: str, i: int) -> int:
         """Read thinking or answer up to the next tag; returns the offset after it."""
+        start = i
         if self._skip is not None and not self._pending:
             match = self._skip.match(text, i)
             i = match.end() if match else i
@@ -164,7 +182,8 @@ class ReplyParser:
         phrase = self._meant(found, run)
         n_kept = len(run) - (len(phrase) if phrase else self._matcher.n_held)
         self._pending = "" if phrase else run[n_kept:]
-        self._release(run[:n_kept])
+        self.origins.n_read += end - start
+        self._release(run[:n_kept], len(run) - n_kept)
         if phrase:
             self._matcher.reset()
             self._on_phrase(phrase)
@@ -197,6 +216,7 @@ class ReplyParser:
         if self._mode == "over":
             return
         if self._reader is not None:
+            self.origins.n_read += len(tag)
             if tag in (CALL, END_CALL):
                 self._reader.feed_control(tag)
             else:
@@ -206,6 +226,7 @@ class ReplyParser:
         pending, self._pending = self._pending, ""
         self._matcher.reset()
         self._release(pending)
+        self.origins.n_read += len(tag)
         if self.in_thinking and tag == END_CALL:
             self._release(tag)
         else:
@@ -231,7 +252,9 @@ class ReplyParser:
     def _open_call(self, opener: str, *, control: bool) -> None:
         self._mode = "call"
         self._reader = ToolCallReader(self._tools, by_token=control)
+        self._n_before_call = self.origins.n_read
         if opener != CALL:
+            self._n_before_call -= len(opener)
             self._reader.feed(opener, 0)
 
     def _drain(self, reader: ToolCallReader) -> None:
@@ -246,9 +269,9 @@ class ReplyParser:
                 case ParsedCall():
                     self._enter("call")
                     self._complete_call(item)
-                case str():
+                case AroundCall(text, end):
                     self._enter("call")
-                    self._release(item)
+                    self._release(text, self.origins.n_read - self._n_before_call - end)
         reader.items.clear()
         if not reader.done:
             return
@@ -256,6 +279,7 @@ class ReplyParser:
         self._enter("answer")
         self._skip = _BLANK
         self._follows_call = self._has_answered
+        self.origins.n_read -= len(reader.leftover)
         self._consume(reader.leftover)
 
     def _begin_call(self, name: str) -> CallEvents:
@@ -291,17 +315,27 @@ class ReplyParser:
         self._follows_call = False
         self._n_quoted = 0
 
-    def _release(self, text: str) -> None:
-        """Pass on text that is certain, but for the white space it ends with."""
+    def _release(self, text: str, n_after: int = 0) -> None:
+        """Pass on text that is certain, but for the white space it ends with.
+
+        Args:
+            text: The text.
+            n_after: Characters read after it.
+        """
         if not text:
             return
         self._skip = None
+        start = self.origins.n_read - n_after - len(text)
         body = text.rstrip()
         if not body:
-            self._blanks.append(text)
+            self._blanks.append((start, text))
             return
-        self._emit("".join([*self._blanks, body]))
-        self._blanks = [text[len(body) :]]
+        parts = [*self._blanks, (start, body)]
+        for place, part in parts:
+            self.origins.note(place, len(part), in_thinking=self.in_thinking)
+        self._emit("".join([part for _, part in parts]))
+        n_body = len(body)
+        self._blanks = [(start + n_body, text[n_body:])] if n_body < len(text) else []
 
     def _emit(self, text: str) -> None:
         if self.in_thinking:

@@ -10,6 +10,7 @@ import codecs
 from collections.abc import Sequence
 
 from nanorun.chat.markup import END_THINK
+from nanorun.chat.origins import Origins
 from nanorun.chat.phrases import PhraseMatcher
 from nanorun.model.chat import Event, TextDelta, ThinkingDelta
 
@@ -37,6 +38,8 @@ class PlainParser:
         """Whether the model is thinking."""
         self.has_answered = False
         """Whether there was any text."""
+        self.origins = Origins()
+        """Which characters of the reply came out as text."""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = PhraseMatcher(stop)
         self._matcher = PhraseMatcher([END_THINK]) if starts_in_thinking else self._stops
@@ -46,6 +49,11 @@ class PlainParser:
         """White space at the end of the thinking so far."""
         self._skips_newlines = starts_in_thinking
         self._events: list[Event] = []
+
+    @property
+    def n_settled(self) -> int:
+        """Characters from the beginning that came out or never will."""
+        return self.origins.n_read - len(self._pending) - len(self._blanks)
 
     def feed(self, piece: bytes, *, control: bool = False) -> list[Event]:
         """Read the next bytes of the reply, cut anywhere; what has become certain of its text.
@@ -62,7 +70,7 @@ class PlainParser:
         self._consume(self._decoder.decode(b"", True))
         if self.stopped_by is None:
             self._release(self._pending)
-        self._pending = ""
+        self._pending = self._blanks = ""
         return self._take_events()
 
     def _consume(self, text: str) -> None:
@@ -76,7 +84,8 @@ class PlainParser:
         run = self._pending + text[i:end]
         n_kept = len(run) - (len(found[0]) if found else self._matcher.n_held)
         self._pending = "" if found else run[n_kept:]
-        self._release(run[:n_kept])
+        self.origins.n_read += end - i
+        self._release(run[:n_kept], len(run) - n_kept)
         if found:
             self._on_phrase(found[0])
         return end
@@ -90,22 +99,27 @@ class PlainParser:
         self._blanks = ""
         self._skips_newlines = True
 
-    def _release(self, text: str) -> None:
-        """Pass on text that is certain."""
+    def _release(self, text: str, n_after: int = 0) -> None:
+        """Pass on text that is certain, after which so many characters were read."""
         if self._skips_newlines:
             text = text.lstrip("\n")
         if not text:
             return
         self._skips_newlines = False
+        start = self.origins.n_read - n_after - len(text)
         if not self.in_thinking:
             self.has_answered = True
+            self.origins.note(start, len(text), in_thinking=False)
             self._events.append(TextDelta(text))
             return
         body = text.rstrip()
         if body:
-            self._events.append(ThinkingDelta(self._blanks + body))
+            start -= len(self._blanks)
+            body = self._blanks + body
             self._blanks = ""
-        self._blanks += text[len(body) :]
+            self.origins.note(start, len(body), in_thinking=True)
+            self._events.append(ThinkingDelta(body))
+        self._blanks += text[len(text.rstrip()) :]
 
     def _take_events(self) -> list[Event]:
         """The events since the last call, neighbours of one kind joined."""

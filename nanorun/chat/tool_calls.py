@@ -25,12 +25,15 @@ import re
 
 from nanorun.chat.argument_text import ArgumentsText, ValueText
 from nanorun.chat.call_parsing import (
+    AroundCall,
     CallBegins,
     CallDraft,
     CallText,
     ParsedCall,
+    begins_tag,
     calls_from_json,
     unusable,
+    without_closer,
 )
 from nanorun.chat.markup import CALL, END_CALL
 from nanorun.chat.tool_values import ToolSet, is_plain_text
@@ -64,12 +67,13 @@ class ToolCallReader:
     """
 
     def __init__(self, tools: ToolSet, *, by_token: bool = False) -> None:
-        self.items: list[str | CallBegins | CallText | ParsedCall] = []
+        self.items: list[AroundCall | CallBegins | CallText | ParsedCall] = []
         self.done = False
         self.leftover = ""
         """Text read that belongs to what follows the call."""
         self._tools = tools
         self._by_token = by_token
+        self._n_given = 0  # characters, control tokens included
         self._rest = ""  # not decided yet: it begins with a tag, or may be the beginning of one
         self._at_end = False  # nothing follows the rest
         self._draft: CallDraft | None = None
@@ -90,6 +94,7 @@ class ToolCallReader:
         while i < len(text) and not self.done:
             chunk = text[i : i + _N_CHUNK]
             i += len(chunk)
+            self._n_given += len(chunk)
             self._rest += chunk
             self._run()
             if self.done:
@@ -101,6 +106,7 @@ class ToolCallReader:
     def feed_control(self, tag: str) -> None:
         """Read `<tool_call>` or `</tool_call>` that came as a control token, so it is no text."""
         self._close(cut_off=False)
+        self._n_given += len(tag)
         if tag == CALL:
             self._by_token = True
             self._begin()
@@ -127,7 +133,7 @@ class ToolCallReader:
     def _n_certain(self) -> int:
         """Characters of the rest that cannot be the beginning of a tag."""
         i = self._rest.rfind("<", max(0, len(self._rest) - _N_LONGEST))
-        is_beginning = i >= 0 and not self._at_end and _begins_tag(self._rest[i:], _TAGS)
+        is_beginning = i >= 0 and not self._at_end and begins_tag(self._rest[i:], _TAGS)
         return i if is_beginning else len(self._rest)
 
     def _move(self, n_chars: int) -> None:
@@ -172,6 +178,7 @@ class ToolCallReader:
         return any(text.strip() for text in self._text)
 
     def _open_function(self) -> bool:
+        n_before = self._n_given - len(self._rest)
         name = self._read_name(_FUNCTION)
         if name is None:
             return False
@@ -181,7 +188,9 @@ class ToolCallReader:
             self._move(len(_FUNCTION))
             return True
         if self._has_text:
-            self.items.append(self._take_text().strip())
+            text = self._take_text()
+            n_blanks = len(text) - len(text.rstrip())
+            self.items.append(AroundCall(text.strip(), n_before - n_blanks))
         self._text.clear()
         self._draft = CallDraft(name, self._tools)
         self._json = ArgumentsText() if self._draft.is_offered else None
@@ -304,7 +313,7 @@ class ToolCallReader:
         tag = after.lstrip()
         if tag.startswith(_AFTER_VALUE) or (self._at_end and not tag):
             return True
-        may_go_on = len(after) - len(tag) <= _MOST_BLANKS and _begins_tag(tag, _AFTER_VALUE)
+        may_go_on = len(after) - len(tag) <= _MOST_BLANKS and begins_tag(tag, _AFTER_VALUE)
         return None if may_go_on and not self._at_end else False
 
     def _is_next_parameter(self) -> bool | None:
@@ -337,9 +346,9 @@ class ToolCallReader:
             Whether that is within the value: not even `</function>` ends it.
         """
         text = self._take_text()
-        inner = _without(text, _END_FUNCTION)
+        inner = without_closer(text, _END_FUNCTION)
         cut_off = cut_off and inner == text
-        self._text = [_without(inner, _END_PARAMETER)]
+        self._text = [without_closer(inner, _END_PARAMETER)]
         self._end_value(cut_off=cut_off)
         return cut_off
 
@@ -371,7 +380,7 @@ class ToolCallReader:
         elif self._rest.startswith(_FUNCTION):
             return self._open_function()
         elif not self._at_end:
-            self.done = bool(self._rest) and not _begins_tag(self._rest, _AFTER_VALUE[:3])
+            self.done = bool(self._rest) and not begins_tag(self._rest, _AFTER_VALUE[:3])
         return False
 
     def _close(self, *, cut_off: bool) -> None:
@@ -390,15 +399,5 @@ class ToolCallReader:
         elif self._step == self._read_head:
             self.items.append(unusable(self._take_text()))
         elif self._has_text:
-            self.items.append(self._take_text())
+            self.items.append(AroundCall(self._take_text(), self._n_given))
         self._at_end = False
-
-
-def _begins_tag(text: str, tags: tuple[str, ...]) -> bool:
-    return any(tag.startswith(text) for tag in tags)
-
-
-def _without(text: str, closer: str) -> str:
-    """The text without a closing tag at its end, and the blanks around that."""
-    stripped = text.rstrip()
-    return stripped.removesuffix(closer) if stripped.endswith(closer) else text

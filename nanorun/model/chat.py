@@ -185,9 +185,16 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """How likely a token was; sent, if asked for, before the text it is part of."""
+    """How likely a token of the text was; sent, if asked for, before the text it is part of.
+
+    The pieces make the answer, and those in the thinking make the thinking. A token of which
+    nothing is in the text is not told: tags, calls, stop strings, line breaks around the text. One
+    that ends in white space comes with the text after it, since at the end white space is left
+    out. The blank line between texts before and after a call is no token's.
+    """
 
     piece: bytes
+    """The token's bytes, as far as they are in the text; a character may be shared by several."""
     logprob: float
     """Natural logarithm, before temperature and filters."""
     alternatives: tuple[tuple[bytes, float], ...] = ()

@@ -48,10 +48,10 @@ class RecordingReply(Reply):
         self.forced: list[bool] = []
         """Whether the dial decided on a token: thinking that the model opened is held to half."""
 
-    def pick(self, logits: Logits, events: list[Event]) -> int | None:
+    def pick(self, logits: Logits) -> int | None:
         self.logits.append(logits.copy())
         self.forced.append(bool(self.expected()))
-        return super().pick(logits, events)
+        return super().pick(logits)
 
     def take(self, token: int) -> list[Event]:
         self.tokens.append(token)

@@ -19,9 +19,10 @@ from nanorun.chat.markup import THINK
 from nanorun.chat.parser import ReplyParser
 from nanorun.chat.plain_text import PlainParser
 from nanorun.errors import NanorunError, UsageError
-from nanorun.model.chat import Event, FinishReason, TokenLogprobs
+from nanorun.model.chat import Event, FinishReason
 from nanorun.runtime.reply.constraint import Constraint, Form
 from nanorun.runtime.reply.dial import ReasoningDial
+from nanorun.runtime.reply.likelihoods import Likelihoods
 from nanorun.runtime.reply.phase import Phase
 from nanorun.runtime.reply.vocabulary import Vocabulary
 from nanorun.runtime.sampling.draw import Ids, Logits
@@ -104,9 +105,14 @@ class Reply:
         self._vocabulary = vocabulary
         self._sampler = sampler
         self._parser = _parser_for(settings)
+        self._likelihoods: Likelihoods | None = None
+        if settings.sampling.logprobs is not None:
+            self._likelihoods = Likelihoods(self._parser.origins, vocabulary.piece)
         begun = (settings.begun or "").encode("utf-8", "replace")
         self._dial = ReasoningDial(settings.budget, max_reply=self.n_most, begun=begun)
         self._constraint = Constraint(settings.form) if settings.form else None
+        self._choice: Choice | None = None
+        """What was picked last, unless it was forced."""
         self._forced: deque[int] = deque()
         """Tokens that come next whatever the model wants."""
         self._was_closed = False
@@ -156,7 +162,7 @@ class Reply:
         token, n_accepted = None, 0
         for i, row in enumerate(logits):
             try:
-                picked = self.pick(row, events)
+                picked = self.pick(row)
             except UsageError as error:
                 return Advance(n_accepted, token, events, failure=error)
             if picked is None:
@@ -168,12 +174,11 @@ class Reply:
             n_accepted += 1
         return Advance(n_accepted, token, events)
 
-    def pick(self, logits: Logits, events: list[Event]) -> int | None:
+    def pick(self, logits: Logits) -> int | None:
         """Choose the next token: a forced one, or a sampled one.
 
         Args:
             logits: One a token, shape `(n_vocab,)`.
-            events: Takes what was asked for of the token's likelihood.
 
         Returns:
             The token, or None if the reply ends here. One that ends while it still thinks goes on
@@ -186,7 +191,7 @@ class Reply:
             return self._force()
         choice = self._sample(logits)
         if choice.token not in self._vocabulary.end_tokens or self._settings.ignore_eos:
-            events += self._logprobs(choice)
+            self._choice = choice
             return choice.token
         if self.phase in _IN_THINKING:
             self._close_thinking()
@@ -197,7 +202,12 @@ class Reply:
     def take(self, token: int) -> list[Event]:
         """Append a token to the reply; what has become certain of its text."""
         piece = self._vocabulary.piece(token)
+        n_before = self._parser.origins.n_read
         events = self._parser.feed(piece, control=token in self._vocabulary.control_tokens)
+        if self._likelihoods is not None:
+            if self._choice is not None:
+                self._likelihoods.add(self._choice, n_before)
+            events = [*self._likelihoods.listed(self._parser.n_settled), *events]
         self.n_tokens += 1
         self._move(piece)
         is_complete = self._constraint is not None and self._follow(self._constraint, token)
@@ -215,6 +225,8 @@ class Reply:
     def last_words(self) -> list[Event]:
         """What the parser held back, of a reply that has ended."""
         events = self._parser.finish()
+        if self._likelihoods is not None:
+            events = [*self._likelihoods.listed(None), *events]
         if self.end == "stop" and self._parser.n_tool_calls:
             self.end = "tool_calls"
         return events
@@ -277,6 +289,7 @@ class Reply:
 
     def _force(self) -> int:
         token = self._forced[0]
+        self._choice = None
         self._sampler.accept(token)
         return token
 
@@ -320,11 +333,3 @@ class Reply:
 
     def _all_but(self, tokens: Iterable[int]) -> Ids:
         return np.setdiff1d(np.arange(self._vocabulary.n_vocab), list(tokens))
-
-    def _logprobs(self, choice: Choice) -> list[Event]:
-        if choice.logprob is None:
-            return []
-        piece = self._vocabulary.piece
-        alternatives = tuple((piece(token), p) for token, p in choice.alternatives)
-        in_thinking = self._parser.in_thinking
-        return [TokenLogprobs(piece(choice.token), choice.logprob, alternatives, in_thinking)]

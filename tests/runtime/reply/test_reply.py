@@ -256,6 +256,59 @@ def test_likelihood_is_told_before_the_text() -> None:
     assert (first.piece, first.in_thinking, round(first.logprob, 3)) == (b"a", True, 0.0)
 
 
+def listed(events: list[Event], *, in_thinking: bool = False) -> list[bytes]:
+    logprobs = [event for event in events if isinstance(event, TokenLogprobs)]
+    return [event.piece for event in logprobs if event.in_thinking is in_thinking]
+
+
+def test_only_tokens_of_the_text_are_listed() -> None:
+    reply = new_reply(logprobs=1, thinks=True)
+    _, events = say(reply, NEWLINE, A, NEWLINE, B, NEWLINE, END_THINK, NEWLINE, NEWLINE, C, E2, X82,
+                    XAC, NEWLINE, NEWLINE, A, NEWLINE, END)  # fmt: skip
+    events += reply.last_words()
+    assert listed(events, in_thinking=True) == [b"a", b"\n", b"b"]
+    assert listed(events) == [b"c", b"\xe2", b"\x82", b"\xac", b"\n", b"\n", b"a"]
+    assert text_of(events) == "c\u20ac\n\na"
+
+
+def test_token_that_a_stop_string_cuts_is_listed_with_what_is_left() -> None:
+    reply = new_reply(logprobs=1, stop=("top", "bc"))
+    _, events = say(reply, A, B, STOP)
+    events += reply.last_words()
+    assert (text_of(events), listed(events)) == ("ab s", [b"a", b"b", b" s"])
+
+
+def test_text_of_a_token_before_and_after_a_stop_string_is_told_apart() -> None:
+    reply = new_reply(logprobs=1, stop=("to",))
+    _, events = say(reply, A, STOP)
+    events += reply.last_words()
+    assert (text_of(events), listed(events)) == ("a s", [b"a", b" s"])
+
+
+def test_tokens_of_calls_are_not_listed() -> None:
+    reply = new_reply(logprobs=1, tools=(TOOL,))
+    _, events = say(reply, A, NEWLINE, CALL, NEWLINE, FUNCTION, END_CALL, NEWLINE, B, END)
+    events += reply.last_words()
+    assert (text_of(events), listed(events)) == ("a\n\nb", [b"a", b"b"])
+
+
+@given(
+    st.lists(st.integers(0, len(PIECES) - 1), max_size=40),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(), (" stop",), ("bc", "\n\n")]),
+)
+def test_tokens_listed_make_the_text(
+    tokens: list[int], thinks: bool, plain: bool, stop: tuple[str, ...]
+) -> None:
+    reply = new_reply(logprobs=0, thinks=thinks, plain=plain, stop=stop, ignore_eos=True)
+    _, events = say(reply, *tokens)
+    events += reply.last_words()
+    for in_thinking, kind in ((True, ThinkingDelta), (False, TextDelta)):
+        text = b"".join(listed(events, in_thinking=in_thinking)).decode("utf-8", "replace")
+        assert text == text_of(events, kind)
+
+
 def test_end_of_sequence_can_be_ignored() -> None:
     reply = new_reply(ignore_eos=True)
     assert say(reply, END, A)[0] == [END, A]
