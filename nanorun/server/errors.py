@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from nanorun.errors import ContextFull, EngineDied, EngineError, NanorunError, UsageError
+from nanorun.file_names import readable
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,13 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = readable(message)  # it may show halves of characters that JSON can spell
         super().__init__(message)
         self.status = status
         self.message = message
         self.type = type
         self.code = code
-        self.param = param
+        self.param = None if param is None else readable(param)
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
