@@ -8,9 +8,11 @@ an endpoint for this machine answers only to this machine's names.
 from __future__ import annotations
 
 import hmac
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -66,7 +68,9 @@ class Gate:
                 if is_allowed:
                     made["Access-Control-Allow-Origin"] = str(origin)
                     made["Access-Control-Expose-Headers"] = "Retry-After"
-            await send(message)
+            # uvicorn itself has refused the rest of a request whose chunks are wrong, and hung up.
+            with suppress(LocalProtocolError):
+                await send(message)
 
         return send_shared
 
