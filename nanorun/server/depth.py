@@ -63,7 +63,7 @@ def _from_object(value: Mapping[str, Any], param: str) -> Think | None:
     if value.get("enabled") is False:
         return OFF
     kind = value.get("type")
-    if kind is not None and kind not in _SWITCHES:
+    if kind is not None and not (isinstance(kind, str) and kind in _SWITCHES):
         known = ", ".join(_SWITCHES)
         raise _refused(f"{param}.type", f"{kind!r} is none of {known}")
     if kind == "disabled":

@@ -20,6 +20,7 @@ from nanorun.errors import (
     NanorunError,
     UsageError,
 )
+from nanorun.file_names import readable
 from nanorun.server.paths import near
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,13 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message = readable(message)  # it may show halves of characters that JSON can spell
         super().__init__(message)
         self.status = status
         self.message = message
         self.type = type
         self.code = code
-        self.param = param
+        self.param = None if param is None else readable(param)
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 
 from fastapi import HTTPException
+from h11 import LocalProtocolError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -177,4 +179,6 @@ class _Reply:
             headers.setdefault("Cache-Control", "no-store")
         elif not self._has_body:
             message = {**message, "body": b""}
-        await self._send(message)
+        # uvicorn itself has refused the rest of a request whose chunks are wrong, and hung up.
+        with suppress(LocalProtocolError):
+            await self._send(message)

@@ -156,7 +156,7 @@ class History:
             json.JSONDecoder().raw_decode(text.lstrip())
             return {"arguments": text}  # it is whole, and something follows
         with suppress(ValueError):
-            parsed = from_json(text, allow_partial="trailing-strings")
+            parsed = from_json(_well_formed(text), allow_partial="trailing-strings")
             if isinstance(parsed, dict):
                 return parsed
         return {"arguments": text}

@@ -111,15 +111,20 @@ def _depth(body: Body, value: Any) -> None:
     body.setdefault("reasoning", value)
 
 
+def _put_inside(body: Body, name: str, key: str, value: Any) -> None:
+    """Write into an object of the body; where it is none, the check of that field says so."""
+    inside = body.get(name) or {}
+    if isinstance(inside, dict):
+        body[name] = {key: value, **inside}
+
+
 def _template_switch(body: Body, value: Any) -> None:
-    body["chat_template_kwargs"] = {
-        "enable_thinking": value, **(body.get("chat_template_kwargs") or {})
-    }  # fmt: skip
+    _put_inside(body, "chat_template_kwargs", "enable_thinking", value)
 
 
 def _structured(kind: str) -> Synonym:
     def put(body: Body, value: Any) -> None:
-        body["structured_outputs"] = {kind: value, **(body.get("structured_outputs") or {})}
+        _put_inside(body, "structured_outputs", kind, value)
 
     return Synonym(f"`structured_outputs.{kind}`", put)
 
@@ -131,9 +136,12 @@ def _top_level_schema(body: Body, value: Any) -> None:
 
 
 def _old_functions(body: Body, value: Any) -> None:
-    tools = [{"type": "function", "function": item} for item in value or []]
-    if tools:
-        body["tools"] = [*(body.get("tools") or []), *tools]
+    if not isinstance(value, list):
+        raise _refused("functions", "functions must be a list")
+    tools = [{"type": "function", "function": item} for item in value]
+    others = body.get("tools") or []
+    if tools and isinstance(others, list):
+        body["tools"] = [*others, *tools]
 
 
 def _old_choice(body: Body, value: Any) -> None:

@@ -98,11 +98,13 @@ class ToolChoice:
     @classmethod
     def _from_object(cls, value: Mapping[str, Any]) -> ToolChoice:
         kind = value.get("type")
-        if kind in _WORDS:
+        if isinstance(kind, str) and kind in _WORDS:
             return cls(_WORDS[kind])  # type: ignore[arg-type]
         if kind == "allowed_tools":
             allowed = value.get("allowed_tools", value)
-            tools = allowed.get("tools") or ()
+            tools = allowed.get("tools") if isinstance(allowed, Mapping) else None
+            if not isinstance(tools, list):
+                raise _refused("allowed_tools must have a list of tools")
             return cls(
                 cls.read(allowed.get("mode", "auto")).mode, tuple(_name_of(tool) for tool in tools)
             )

@@ -2,69 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import resource
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from nanorun.errors import NanorunError
 from nanorun.model.gguf import read_gguf
 from nanorun_converters.convert import ConvertOptions, convert
+from tests.support.mutating import mutated
 from tests.support.quantized_sources import nvfp4_modelopt, write_quantized_model
 from tests.support.source_models import write_source_model
 from tests.support.waiting import little_work
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
-JUNK: list[Any] = [
-    None, True, False, 0, -1, 1, 2, 3, 7, 2**31 - 1, 2**31, 2**48, 2**63, 2**64, 10**30, -(2**63),
-    0.5, 1e308, float("inf"), float("nan"), "", "x", "é\u0000", "\ud800", "../x.safetensors",
-    "/etc/passwd", "a" * 5000, [], [[]], [0, 1], [1, 0], [-1, 5], [2**40, 2**41], ["a"], {},
-    {"a": 1}, {"dtype": "F32", "shape": [2**20] * 8, "data_offsets": [0, 2**47]}, "F32", "U8",
-    "F8_E4M3", "BF16", "I64", [4] * 100,
-]  # fmt: skip
 MOST_CPU_S = 10.0
 MAX_GROWTH_BYTES = 400 * 2**20
 
 Mutation = Callable[[Path, random.Random], None]
-
-
-def paths_in(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every value of a JSON document."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, inner in items:
-        yield (*prefix, key)
-        if isinstance(inner, (dict, list)):
-            yield from paths_in(inner, (*prefix, key))
-
-
-def mutated(value: Any, rng: random.Random) -> Any:
-    """A document with a few of its values replaced, removed, doubled or renamed."""
-    value = copy.deepcopy(value)
-    for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        ways = list(paths_in(value))
-        if not ways:
-            return rng.choice(JUNK)
-        *way, key = rng.choice(ways)
-        holder = value
-        for step in way:
-            holder = holder[step]
-        action = rng.randrange(5)
-        if action == 0:
-            del holder[key]
-        elif action == 1 and isinstance(holder, dict):
-            holder[rng.choice([*map(str, ways[0]), "x", "__metadata__"])] = holder.pop(key)
-        elif action == 2 and isinstance(holder[key], int) and not isinstance(holder[key], bool):
-            holder[key] += rng.choice([-1, 1, 8, -8, 2**20, -(2**20)])
-        else:
-            holder[key] = copy.deepcopy(rng.choice(JUNK))
-    return value
 
 
 def flip_bytes(name: str, n_first: int) -> Mutation:

@@ -10,7 +10,7 @@ from nanorun.model.chat import GenerateOptions, Grammar
 from nanorun.model.think import Think
 from nanorun.server.anthropic.blocks import read_conversation
 from nanorun.server.asked import Asked
-from nanorun.server.depth import EFFORTS, read_depth
+from nanorun.server.depth import read_depth
 from nanorun.server.errors import ApiError
 from nanorun.server.history import to_continue
 from nanorun.server.limits import LimitedBody
@@ -108,11 +108,8 @@ class MessagesRequest(LimitedBody):
 
         Anthropic's models do not think unless asked; this one does as the server is set up.
         """
-        effort = (self.output_config or {}).get("effort")
-        if effort is not None and effort not in EFFORTS:
-            raise _invalid("output_config.effort", f"{effort!r} is none of {', '.join(EFFORTS)}")
-        asked = read_depth(self.thinking, "thinking")
-        return asked or read_depth(effort, "output_config.effort") or default
+        effort = read_depth((self.output_config or {}).get("effort"), "output_config.effort")
+        return read_depth(self.thinking, "thinking") or effort or default
 
     def _grammar(self) -> Grammar | None:
         given = (self.output_config or {}).get("format") or self.output_format

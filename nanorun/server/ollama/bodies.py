@@ -144,8 +144,7 @@ class OllamaChat(OllamaRequest):
         """A message of Ollama's as one of OpenAI's: pictures lie beside the text, not in it."""
         made = {**message, "reasoning": message.get("thinking")}
         if message.get("images"):
-            pictures = [{"type": "image"} for _ in message["images"]]
-            made["content"] = [message.get("content") or "", *pictures]
+            made["content"] = [message.get("content") or "", {"type": "image"}]
         return made
 
     @staticmethod

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from nanorun import __version__
+from nanorun.file_names import readable
 from nanorun.model.chat import ModelInfo
 from nanorun.server.errors import ApiError
 from nanorun.server.ollama.bodies import OllamaChat, OllamaGenerate, OllamaRequest
@@ -35,7 +36,7 @@ def ollama_routes(service: Service) -> APIRouter:
 
     def name_of(asked: str | None) -> str:
         service.check_model(asked)
-        return asked or service.names.name
+        return readable(asked or service.names.name)
 
     @router.get("/version")
     async def version() -> dict[str, str]:
@@ -88,7 +89,7 @@ def ollama_routes(service: Service) -> APIRouter:
         if verb not in _ELSEWHERE:
             raise ApiError(404, f"there is no /api/{verb}", code="unknown_url")
         message = f"/api/{verb} is not served; use {_ELSEWHERE[verb]}"
-        raise ApiError(501, message, code="not_supported")
+        raise ApiError(400, message, code="not_supported")
 
     return router
 

@@ -91,7 +91,7 @@ class AnswerBody(LimitedBody, SamplingBody):
     @classmethod
     def _pairs(cls, value: Any) -> Any:
         """llama.cpp takes pairs, with false for a token that must not come."""
-        if isinstance(value, list) and all(isinstance(p, list) and len(p) == 2 for p in value):
+        if isinstance(value, list) and all(map(_is_bias_pair, value)):
             return {token: -100 if bias is False else bias for token, bias in value}
         return value
 
@@ -226,6 +226,10 @@ class ChatRequest(AnswerBody):
                 "reasoning_effort", f"reasoning_effort {effort!r} is none of {', '.join(EFFORTS)}"
             )
         return effort
+
+
+def _is_bias_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | str)
 
 
 def _invalid(field: str, message: str) -> ApiError:

@@ -27,9 +27,9 @@ def completions_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/embeddings", response_model=None, include_in_schema=False)
     async def embed() -> Response:
-        """Say that there are no embeddings."""
+        """Say that there are no embeddings; a status from 500 on would be asked for again."""
         raise ApiError(
-            501,
+            400,
             f"{service.names.name} writes text and makes no embeddings; serve an embedding model"
             " by another program",
             code="not_supported",

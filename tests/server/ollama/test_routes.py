@@ -155,7 +155,7 @@ async def test_model_is_listed_shown_and_running(endpoint: Make) -> None:
 @pytest.mark.parametrize("verb", ["pull", "push", "create", "copy", "embed", "embeddings"])
 async def test_what_is_not_done_here_says_what_does_it(endpoint: Make, verb: str) -> None:
     response = await post(endpoint(), verb)
-    assert response.status_code == 501
+    assert response.status_code == 400
     assert f"/api/{verb} is not served; use " in response.json()["error"]
 
 

@@ -127,5 +127,5 @@ async def test_completion_that_cannot_be_meant_is_refused(
 
 async def test_embeddings_are_not_made_here(endpoint: Make) -> None:
     response = await endpoint().request("POST", "/v1/embeddings", json={"input": "x"})
-    assert response.status_code == 501
+    assert response.status_code == 400
     assert "no embeddings" in error_of(response)["message"]

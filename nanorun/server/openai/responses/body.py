@@ -35,7 +35,7 @@ _SEALED_REASONING = "reasoning.encrypted_content"
 _LOGPROBS = "message.output_text.logprobs"
 
 
-class ResponsesRequest(SamplingBody, LimitedBody):
+class ResponsesRequest(LimitedBody, SamplingBody):
     """The body of a response; the numbers of sampling are `SamplingBody`'s."""
 
     model_config = ConfigDict(extra="forbid")
