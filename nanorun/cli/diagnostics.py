@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -91,10 +92,31 @@ def note(text: str) -> None:
     talk(f"nanorun: {text}\n")
 
 
-def show_logs(*, verbose: bool) -> None:
-    """Send what the parts of nanorun log to stderr: warnings, or all of it."""
+def show_logs(*, verbose: bool, requests: bool = False) -> None:
+    """Send what the parts of nanorun log to stderr.
+
+    Args:
+        verbose: Whether all of it is shown, not only warnings.
+        requests: Whether the endpoint's requests are shown, too.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="nanorun: %(message)s")
     logging.getLogger("nanorun").setLevel(logging.DEBUG if verbose else logging.NOTSET)
+    if requests:
+        of_requests = logging.getLogger("nanorun.server.request_log")
+        of_requests.setLevel(logging.DEBUG if verbose else logging.INFO)
+        of_requests.addFilter(stderr_has_room)
+
+
+def stderr_has_room(_record: object = None) -> bool:
+    """Whether stderr takes a line now.
+
+    A paused terminal, or a program that does not read what it started, must not hold an endpoint
+    up: lines that nobody would wait for are dropped then.
+    """
+    try:
+        return bool(select.select([], [sys.stderr], [], 0)[1])
+    except (OSError, ValueError):  # Windows asks so of sockets only; a test's stream is no file
+        return True
 
 
 def dim(text: str) -> str:

@@ -77,6 +77,20 @@ Prompt = Sequence[Message] | RawPrompt
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """What a model reads of a prompt, before it answers."""
+
+    text: str
+    """What the tokens stand for."""
+    tokens: tuple[int, ...]
+    """Token ids, shape `(n_prompt,)`."""
+    boundaries: tuple[int, ...]
+    """Token positions where other prompts may diverge: end of the system part, starts of turns."""
+    thinks: bool
+    """Whether the reply begins with thinking."""
+
+
+@dataclass(frozen=True, slots=True)
 class Grammar:
     """What an answer must look like."""
 

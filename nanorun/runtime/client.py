@@ -25,10 +25,12 @@ from nanorun.model.chat import (
     Event,
     Finished,
     GenerateOptions,
+    Message,
     ModelInfo,
     Notice,
     PrefillProgress,
     Prompt,
+    PromptTokens,
     RawPrompt,
 )
 from nanorun.model.engine_options import EngineOptions
@@ -40,10 +42,14 @@ from nanorun.runtime.process.child import Child
 from nanorun.runtime.process.frames import (
     Answer,
     Cancel,
+    Detokenize,
     Failed,
     FinishThinking,
     Generate,
+    Pieces,
     Progress,
+    Render,
+    Rendered,
     Request,
     Said,
     Score,
@@ -108,6 +114,9 @@ class EngineClient:
         self._ended: tuple[float, NanorunError | None] = (time.time(), None)
         """When the model was last unloaded, or could not be loaded, and why."""
         self._idle_timer: asyncio.Task[None] | None = None
+        self._n_restarts = 0
+        self._has_died = False
+        """Whether the next child replaces one that died."""
 
     @property
     def info(self) -> ModelInfo | None:
@@ -147,6 +156,11 @@ class EngineClient:
         """The child's process id, while there is one."""
         return self._child.pid if self._child and self._child.alive else None
 
+    @property
+    def n_restarts(self) -> int:
+        """Children that were started after one that died."""
+        return self._n_restarts
+
     async def start(self) -> ModelInfo:
         """Start the child and load the model, smaller if memory does not suffice.
 
@@ -158,6 +172,7 @@ class EngineClient:
         """
         async with self._starting:
             if self._child is None or not self._child.alive:
+                self._has_died = self._has_died or self._child is not None
                 try:
                     self._child = await self._start_child()
                 except NanorunError as error:
@@ -175,6 +190,8 @@ class EngineClient:
             # It may ask every process what it holds, which takes a while on a busy machine.
             options = await asyncio.to_thread(self._openings.next)
             child = self._opening = Child()
+            self._n_restarts += self._has_died
+            self._has_died = False
             try:
                 await child.start(self._model, options)
                 self._watch.begin(child, options)
@@ -201,6 +218,7 @@ class EngineClient:
             if child.alive:
                 await child.stop()
             self._child, self._ended = None, (time.time(), error)
+            self._has_died = True
             return self._openings.failed(error)
 
     async def check_room(self, prompt: Prompt) -> None:
@@ -249,13 +267,50 @@ class EngineClient:
 
     def generate(self, prompt: Prompt, options: GenerateOptions) -> EngineGeneration:
         """Begin a reply; the child is started on first use."""
-        asked = prompt if isinstance(prompt, RawPrompt) else tuple(prompt)
-        return EngineGeneration(self, Generate(self._new_id(), asked, options))
+        return EngineGeneration(self, Generate(self._new_id(), _as_sent(prompt), options))
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of a text; `special` lets control-token texts become control tokens."""
         answer = await self._ask(Tokenize(self._new_id(), text, special), Tokens)
         return list(answer.tokens)
+
+    async def pieces(self, tokens: Sequence[int], *, special: bool = True) -> list[bytes]:
+        """The bytes that each token stands for; a character may be shared by several.
+
+        Args:
+            tokens: Token ids, shape `(n,)`.
+            special: Whether control tokens give their texts; else they give nothing.
+
+        Raises:
+            UsageError: If the model has no such token.
+        """
+        asked = Detokenize(self._new_id(), tuple(tokens), special)
+        return list((await self._ask(asked, Pieces)).pieces)
+
+    async def detokenize(self, tokens: Sequence[int], *, special: bool = True) -> str:
+        """The text that tokens stand for, as `pieces`; what is no UTF-8 becomes U+FFFD."""
+        return b"".join(await self.pieces(tokens, special=special)).decode("utf-8", "replace")
+
+    async def render(self, prompt: Prompt, options: GenerateOptions) -> PromptTokens:
+        """What the model would read of a prompt, if it were to answer it with these options.
+
+        Raises:
+            UsageError: If the messages, options or tokens make no sense.
+            ModelError: If the model's template makes nothing of the messages.
+        """
+        rendered = await self._render(prompt, options, counts_only=False)
+        assert rendered.prompt is not None
+        return rendered.prompt
+
+    async def count_tokens(self, prompt: Prompt, options: GenerateOptions) -> int:
+        """How many tokens that is; it raises what `render` raises."""
+        return (await self._render(prompt, options, counts_only=True)).n_tokens
+
+    async def _render(
+        self, prompt: Prompt, options: GenerateOptions, *, counts_only: bool
+    ) -> Rendered:
+        request = Render(self._new_id(), _as_sent(prompt), options, counts_only)
+        return await self._ask(request, Rendered)
 
     async def stats(self) -> EngineStats:
         """What the engine holds right now."""
@@ -301,6 +356,11 @@ class EngineClient:
 
     def _new_id(self) -> str:
         return f"r{next(self._ids)}"
+
+
+def _as_sent(prompt: Prompt) -> tuple[Message, ...] | RawPrompt:
+    """A prompt as frames hold it."""
+    return prompt if isinstance(prompt, RawPrompt) else tuple(prompt)
 
 
 class EngineGeneration:

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Protocol
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol, runtime_checkable
 
-from nanorun.model.chat import Event, GenerateOptions, ModelInfo, Prompt
+from nanorun.model.chat import Event, GenerateOptions, ModelInfo, Prompt, PromptTokens
 from nanorun.model.engine_state import EngineState
 
 
@@ -29,12 +29,44 @@ class Client(Protocol):
         """Begin a reply to a conversation, or the text that follows a raw prompt."""
 
 
-class LocalClient(Client, Protocol):
+class TextClient(Client, Protocol):
+    """A client that also says what texts and prompts are in the model's tokens."""
+
+    async def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of a text; `special` lets control-token texts become control tokens."""
+
+    async def pieces(self, tokens: Sequence[int], *, special: bool = True) -> list[bytes]:
+        """The bytes that each token stands for."""
+
+    async def detokenize(self, tokens: Sequence[int], *, special: bool = True) -> str:
+        """The text that tokens stand for."""
+
+    async def render(self, prompt: Prompt, options: GenerateOptions) -> PromptTokens:
+        """What the model would read of a prompt."""
+
+    async def count_tokens(self, prompt: Prompt, options: GenerateOptions) -> int:
+        """How many tokens that is."""
+
+
+class LocalClient(TextClient, Protocol):
     """A client whose model is loaded, and unloaded, on this machine."""
 
     @property
     def state(self) -> EngineState:
         """What becomes of a request that comes now."""
+
+
+@runtime_checkable
+class LocalEngine(Protocol):
+    """A client whose engine is a process of this machine."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process, while there is one."""
+
+    @property
+    def n_restarts(self) -> int:
+        """Processes that were started after one that died."""
 
 
 class Generation(Protocol):

@@ -24,7 +24,7 @@ from nanorun.runtime.beside import Beside, Done, Job
 from nanorun.runtime.engine import request as engine_request
 from nanorun.runtime.engine.engine import Engine
 from nanorun.runtime.engine.forms import FREE, compile_form, needs_form
-from nanorun.runtime.engine.prompts import SHORT_CHARS, is_short
+from nanorun.runtime.engine.prompts import is_short
 from nanorun.runtime.engine.reading_ahead import ReadingAhead, Turn, begin_turn, prepare_readings
 from nanorun.runtime.engine.request import prepare_request
 from nanorun.runtime.llama.loaded_model import LoadedModel
@@ -38,6 +38,7 @@ from nanorun.runtime.process.frames import (
     Cancel,
     ChangeSpare,
     Close,
+    Detokenize,
     Failed,
     FinishThinking,
     Generate,
@@ -46,6 +47,7 @@ from nanorun.runtime.process.frames import (
     Pong,
     Progress,
     Ready,
+    Render,
     Request,
     Said,
     Score,
@@ -55,10 +57,10 @@ from nanorun.runtime.process.frames import (
     Statistics,
     Stats,
     Tokenize,
-    Tokens,
 )
 from nanorun.runtime.process.heap import return_to_system
 from nanorun.runtime.process.wire import MalformedFrame
+from nanorun.runtime.texts import TextRequest, answer_text, is_quick
 
 log = logging.getLogger(__name__)
 
@@ -244,8 +246,8 @@ class Worker:
                 engine.finish_thinking(request.id)
             case SetBudget():
                 engine.set_budget(request.id, request.n_tokens)
-            case Tokenize():
-                self._tokenize(engine, request)
+            case Tokenize() | Detokenize() | Render():
+                self._answer_text(engine, request)
             case Stats():
                 self._send(Statistics(request.id, engine.stats()))
             case ChangeSpare():
@@ -284,19 +286,15 @@ class Worker:
         else:
             self._beside.begin("preparing", job, prepare, submit)
 
-    def _tokenize(self, engine: Engine, asked: Tokenize) -> None:
-        def tokenize(job: Job[Request]) -> Tokens:
-            tokens: list[int] = []
-            for part in engine.model.tokenizer.parts(asked.text):
-                job.check()
-                tokens += engine.model.tokenize(part, special=asked.special)
-            return Tokens(asked.id, tuple(tokens))
+    def _answer_text(self, engine: Engine, asked: TextRequest) -> None:
+        def answer(job: Job[Request]) -> Answer:
+            return answer_text(engine.model, asked, job.check)
 
         job: Job[Request] = Job(asked.id)
-        if len(asked.text) <= SHORT_CHARS:
-            self._send(tokenize(job))
+        if is_quick(asked):
+            self._send(answer(job))
         else:
-            self._beside.begin("preparing", job, tokenize, self._send)
+            self._beside.begin("preparing", job, answer, self._send)
 
     def _change_spare(self, engine: Engine, asked: ChangeSpare) -> None:
         n_before = engine.tree.spare_bytes

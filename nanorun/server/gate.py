@@ -7,8 +7,6 @@ an endpoint for this machine answers only to this machine's names.
 
 from __future__ import annotations
 
-import hmac
-import secrets
 from collections.abc import Mapping
 
 from fastapi import HTTPException
@@ -16,12 +14,16 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanorun.server.errors import ApiError, to_api_error
+from nanorun.server.keys import Keyring
 from nanorun.server.origins import Origins, is_preflight
 from nanorun.server.paths import plain
+from nanorun.server.record import RequestRecord, record_of
 from nanorun.server.settings import ServerSettings
 
 _OPEN_PATHS = frozenset({"/health"})
 """Asked by process managers, which hold no key; tells nothing worth one."""
+_OPEN_HERE = frozenset({"/metrics"})
+"""Asked by scrapers of this machine without a key."""
 
 _SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -38,7 +40,8 @@ class Gate:
         self._app = app
         self._settings = settings
         self._origins = Origins(settings)
-        self._keys = [key.encode() for key in settings.api_keys]
+        self._keys = Keyring(settings.all_keys)
+        self._open = _OPEN_PATHS | _OPEN_HERE if settings.is_local else _OPEN_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with an error or pass the request on, by the plain form of its path."""
@@ -47,16 +50,17 @@ class Gate:
             return
         headers = Headers(scope=scope)
         is_head = scope["method"] == "HEAD"
+        record = record_of(scope)
         scope = _plain_scope(scope)
-        reply = _Reply(send, self._headers_for(headers), has_body=not is_head)
+        reply = _Reply(send, self._headers_for(headers, record), has_body=not is_head)
         try:
             self._origins.check(headers)
             if is_preflight(scope["method"], headers):
                 await self._origins.preflight(headers)(scope, receive, reply)
                 return
-            if scope["path"] not in _OPEN_PATHS:
-                self._check_key(headers)
-            await self._app(scope, self._limit(headers, receive), reply)
+            if scope["path"] not in self._open:
+                self._check_key(headers, record)
+            await self._app(scope, self._limit(headers, receive, record), reply)
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, reply)
         except Exception as error:
@@ -65,23 +69,23 @@ class Gate:
             if not reply.has_begun:
                 await told.response(scope["path"])(scope, receive, reply)
             raise
+        finally:
+            # The router, within, leaves it there.
+            record.route = getattr(scope.get("route"), "path", None)
 
-    def _headers_for(self, headers: Headers) -> dict[str, str]:
+    def _headers_for(self, headers: Headers, record: RequestRecord) -> dict[str, str]:
         """What every answer to a request carries."""
         cors = self._origins.headers_for(headers.get("origin"))
         may_read = "Access-Control-Allow-Origin" in cors
         policy = {"Cross-Origin-Resource-Policy": "cross-origin"} if may_read else {}
-        return {"x-request-id": secrets.token_hex(12), **_SECURITY_HEADERS, **policy, **cors}
+        return {"x-request-id": record.id, **_SECURITY_HEADERS, **policy, **cors}
 
-    def _check_key(self, headers: Headers) -> None:
+    def _check_key(self, headers: Headers, record: RequestRecord) -> None:
+        """Note whose request it is."""
         if not self._keys:
             return
-        token = _given_key(headers)
-        is_known = False
-        # Every key is compared in full, so that the time taken tells nothing about any of them.
-        for key in self._keys:
-            is_known |= hmac.compare_digest(token, key)
-        if not is_known:
+        record.key = self._keys.name_of(_given_key(headers))
+        if record.key is None:
             raise ApiError(
                 401,
                 "a valid API key is needed: Authorization: Bearer KEY, or x-api-key: KEY",
@@ -89,19 +93,17 @@ class Gate:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _limit(self, headers: Headers, receive: Receive) -> Receive:
+    def _limit(self, headers: Headers, receive: Receive, record: RequestRecord) -> Receive:
         """Count the body while it arrives; a length that is announced is refused unread."""
         limit = self._settings.max_body_bytes
         announced = headers.get("content-length", "")
         if announced.isdigit() and int(announced) > limit:
             raise _too_large(limit)
-        n_read = 0
 
         async def receive_within() -> Message:
-            nonlocal n_read
             message = await receive()
-            n_read += len(message.get("body", b""))
-            if n_read > limit:
+            record.n_body_bytes += len(message.get("body", b""))
+            if record.n_body_bytes > limit:
                 raise _BodyTooLarge(limit)
             return message
 

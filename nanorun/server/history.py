@@ -182,6 +182,19 @@ def read_messages(raw: list[dict[str, Any]]) -> tuple[tuple[Message, ...], tuple
     return messages, history.notices
 
 
+def to_continue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], bool]:
+    """The messages, and whether the last of them is a reply that was begun and goes on.
+
+    One without a word is how some clients say who speaks next.
+    """
+    last = messages[-1] if messages else Message("user")
+    if last.role != "assistant" or last.tool_calls:
+        return messages, False
+    if len(messages) > 1 and not (last.content or last.thinking):
+        return messages[:-1], False
+    return messages, True
+
+
 def _kind(part: Any) -> str:
     """What a content part is; one that only has a text is text."""
     if not isinstance(part, Mapping):

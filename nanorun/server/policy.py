@@ -43,7 +43,6 @@ LABELS: dict[str, str] = {
 """Fields that say nothing about the answer, with a word on it where one helps."""
 
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "add_generation_prompt": ((True,), "continue_final_message"),
     "allowed_token_ids": (([],), "logit_bias"),
     "audio": ((), "text is all there is"),
     "bad_words": (([],), "logit_bias"),

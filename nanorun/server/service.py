@@ -8,8 +8,8 @@ before and after a stream has begun, and a client that leaves.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, aclosing, contextmanager
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
@@ -17,13 +17,15 @@ from starlette.requests import ClientDisconnect
 
 from nanorun.chat.schema.following import SchemaCheck, checked
 from nanorun.model.chat import Event, ModelInfo, Notice
-from nanorun.runtime.protocol import Client, Generation
+from nanorun.runtime.protocol import Generation, TextClient
 from nanorun.server import sse
-from nanorun.server.admission import Admission
+from nanorun.server.admission import Admission, Place
 from nanorun.server.asked import Asked
+from nanorun.server.beginning import begun_within
 from nanorun.server.errors import ApiError, to_api_error
 from nanorun.server.merging import merged
 from nanorun.server.model_names import ModelNames
+from nanorun.server.record import AnswerRecord, RequestRecord, record_of
 from nanorun.server.settings import ServerSettings
 from nanorun.server.writer import Writer
 
@@ -41,13 +43,15 @@ class Service:
         settings: Limits and defaults.
     """
 
-    def __init__(self, client: Client, names: ModelNames, settings: ServerSettings) -> None:
+    def __init__(self, client: TextClient, names: ModelNames, settings: ServerSettings) -> None:
         self.client = client
         self.names = names
         self.settings = settings
-        self.admission = Admission(settings.n_parallel, settings.max_queued)
+        self.admission = Admission(settings)
         self.streams: dict[str, list[Generation]] = {}
         """The answers of replies that are made now, by the reply's id."""
+        self.under_way: dict[str, RequestRecord] = {}
+        """Requests that are answered now or wait, by their id."""
 
     def info(self) -> ModelInfo:
         """What answers.
@@ -78,40 +82,45 @@ class Service:
             ApiError: If it is refused.
             NanorunError: If it fails before the response has begun.
         """
+        record = record_of(request.scope)
         for notice in asked.notices:
             log.info("%s", notice)
         try:
             if stream:
-                pieces = self._pieces(asked, writer)
+                pieces = self._pieces(asked, writer, record)
                 # Up to the first piece a failure can still have an HTTP status of its own.
                 first = await sse.while_connected(request.receive, _first(pieces))
                 return sse.EventStream(first, pieces, writer.media_type)
             return JSONResponse(
-                await sse.while_connected(request.receive, self.complete(asked, writer))
+                await sse.while_connected(request.receive, self.complete(asked, writer, record))
             )
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED_REQUEST)
 
-    async def complete(self, asked: Asked, writer: Writer) -> dict[str, object]:
+    async def complete(
+        self, asked: Asked, writer: Writer, record: RequestRecord
+    ) -> dict[str, object]:
         """The whole reply, written down once it is there.
 
         Raises:
             ApiError: If there is no place for it.
             NanorunError: If it fails.
         """
-        async with aclosing(self._events(asked, writer)) as events:
+        async with aclosing(self._events(asked, writer, record)) as events:
             async for i_choice, event in events:
                 if event is not None:
                     writer.take(i_choice, event)
         await writer.settle()
         return writer.whole()
 
-    async def _pieces(self, asked: Asked, writer: Writer) -> AsyncGenerator[bytes, None]:
+    async def _pieces(
+        self, asked: Asked, writer: Writer, record: RequestRecord
+    ) -> AsyncGenerator[bytes, None]:
         """A stream's bytes. What fails after its first ones becomes a part of the stream."""
         has_begun = False
         try:
             async with (
-                aclosing(self._events(asked, writer)) as all_events,
+                aclosing(self._events(asked, writer, record)) as all_events,
                 aclosing(sse.gathered(all_events, self.settings.keepalive_s)) as gatherings,
             ):
                 async for gathering in gatherings:
@@ -125,13 +134,16 @@ class Service:
         except Exception as error:
             if not has_begun:
                 raise
-            yield b"".join(writer.failure(to_api_error(error)))
+            told = to_api_error(error)
+            record.failure = told.code or told.type
+            yield b"".join(writer.failure(told))
 
     async def _events(
-        self, asked: Asked, writer: Writer
+        self, asked: Asked, writer: Writer, record: RequestRecord
     ) -> AsyncGenerator[tuple[int, Event | None], None]:
         """The events of all answers with the index of theirs, while a place is held."""
-        with self.admission.place(asked.n_answers):
+        admission = self.admission
+        with admission.place(asked.n_answers, key=record.key, n_bytes=record.n_body_bytes) as place:
             async with AsyncExitStack() as stack:
                 generations: list[Generation] = []
                 answers: list[AsyncIterator[Event | None]] = []
@@ -140,15 +152,41 @@ class Service:
                     await stack.enter_async_context(aclosing(generation))
                     generations.append(generation)
                     answer = checked(generation, SchemaCheck(options))
+                    await stack.enter_async_context(aclosing(answer))
+                    answer = self._in_time(answer, place)
                     answers.append(await stack.enter_async_context(aclosing(answer)))
-                self.streams[writer.id] = generations
-                try:
-                    events = await stack.enter_async_context(aclosing(merged(answers)))
-                    async for i_choice, event in events:
+                stack.enter_context(self._shown(record, writer, generations))
+                events = await stack.enter_async_context(aclosing(merged(answers)))
+                async for i_choice, event in events:
+                    if event is not None:
+                        record.answers[i_choice].take(event)
                         _log_notice(event)
-                        yield i_choice, event
-                finally:
-                    self.streams.pop(writer.id, None)
+                    yield i_choice, event
+
+    @contextmanager
+    def _shown(
+        self, record: RequestRecord, writer: Writer, generations: list[Generation]
+    ) -> Iterator[None]:
+        """Let a reply be seen and controlled while it is made."""
+        record.model, record.reply_id = self.names.name, writer.id
+        record.answers = [AnswerRecord() for _ in generations]
+        self.under_way[record.id] = record
+        self.streams[writer.id] = generations
+        try:
+            yield
+        finally:
+            del self.streams[writer.id], self.under_way[record.id]
+
+    def _in_time(
+        self, answer: AsyncIterator[Event | None], place: Place
+    ) -> AsyncGenerator[Event | None, None]:
+        """The events of an answer, or a refusal if the engine does not begin it soon enough."""
+        return begun_within(
+            answer,
+            self.settings.max_wait_s,
+            on_begin=place.begin,
+            too_late=self.admission.waited_too_long,
+        )
 
 
 def _written(writer: Writer, gathering: Sequence[tuple[int, Event | None]]) -> bytes:
@@ -166,7 +204,7 @@ async def _first(pieces: AsyncGenerator[bytes, None]) -> bytes:
     return await anext(pieces)
 
 
-def _log_notice(event: Event | None) -> None:
+def _log_notice(event: Event) -> None:
     """Tell whoever runs the server what a client may not show: a model opened smaller."""
     if isinstance(event, Notice):
         log.warning("%s", event.text)

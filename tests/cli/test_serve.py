@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +61,22 @@ def test_serve_hands_the_idle_time_on(nanorun: Run, engine: FakeEngine) -> None:
     assert engine.keep_alive_s == 300
     nanorun("serve", "pico", "--port", "0")
     assert engine.keep_alive_s is None
+
+
+def test_serve_takes_keys_from_a_file_and_the_environment(
+    nanorun: Run, engine: FakeEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys"
+    file.write_text("laptop: sk-1\n")
+    file.chmod(0o600)
+    engine.client = FakeClient(start_error=ModelError("pico.gguf is cut short"))
+    result = nanorun("serve", "--host", "127.0.0.1", "--port", "0", "--api-key-file", str(file))
+    assert (result.code, result.err) == (3, "nanorun: error: pico.gguf is cut short\n")
+    monkeypatch.setenv("NANORUN_API_KEYS", "phone: sk-1")
+    result = nanorun("serve", "--port", "0", "--api-key-file", str(file))
+    assert (result.code, "'phone' is there twice" in result.err) == (2, True)
+
+
+def test_serve_limits_no_key_where_there_is_none(nanorun: Run, engine: FakeEngine) -> None:
+    result = nanorun("serve", "pico", "--max-per-key", "2")
+    assert (result.code, "there is no key" in result.err) == (2, True)

@@ -92,7 +92,7 @@ def serving(case: str, *args: str) -> Iterator[ServeProcess]:
     ) as process:
         try:
             assert process.stderr is not None
-            greeting = process.stderr.readline()
+            greeting = next(line for line in process.stderr if "http://" in line)
             url = next(word for word in greeting.split() if word.startswith("http://"))
             yield ServeProcess(process, url, greeting)
         finally:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx
 import ollama
 import openai
 import pytest
@@ -86,8 +87,16 @@ def test_every_api_says_the_same(
         responses = _respond_both_ways(
             client, input=asked, temperature=0, max_output_tokens=200, model="pico"
         )
+        prompt = httpx.post(f"{url}/apply-template", json={"messages": asked}).json()["prompt"]
+        raw = client.completions.create(model="pico", prompt=prompt, temperature=0, max_tokens=200)
     said = reply.choices[0].message
     expected = (said.reasoning or "", said.content or "")  # type: ignore[attr-defined]
+    (choice,) = raw.choices
+    assert (choice.reasoning, choice.text.strip()) == expected  # type: ignore[attr-defined]
+    asked_for = httpx.post(f"{url}/tokenize", json={"messages": asked}).json()
+    assert asked_for["count"] == reply.usage.prompt_tokens == raw.usage.prompt_tokens
+    counted = claude.messages.count_tokens(model="pico", messages=asked)
+    assert counted.input_tokens == asked_for["count"]
     for response in responses:
         assert (thinking_in(response), response.output_text) == expected
     arguments: dict[str, Any] = {"model": "pico", "messages": asked, "max_tokens": 200,
@@ -105,6 +114,29 @@ def test_every_api_says_the_same(
     assert "".join(part.content or "" for part in parts) == expected[1]
     generated = llama.generate("pico", question, options=options)
     assert ((generated.thinking or ""), generated.response) == expected
+
+
+def test_answer_that_was_begun_goes_on_through_each_api(
+    url: str, claude: anthropic.Anthropic, llama: ollama.Client
+) -> None:
+    asked: list[Any] = [{"role": "user", "content": "What is 4785 + 697?"}]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
+        ask: dict[str, Any] = {"model": "pico", "temperature": 0}
+        said = client.chat.completions.create(messages=asked, **ask).choices[0].message
+        thinking = said.reasoning  # type: ignore[attr-defined]
+        begun: Any = {"role": "assistant", "content": "54", "reasoning": thinking}
+        rest = client.chat.completions.create(messages=[*asked, begun], **ask).choices[0].message
+    assert (said.content, rest.content) == ("5482", "82")
+    blocks = [{"type": "thinking", "thinking": thinking, "signature": ""},
+              {"type": "text", "text": "54"}]  # fmt: skip
+    turns: list[Any] = [*asked, {"role": "assistant", "content": blocks}]
+    message = claude.messages.create(
+        model="pico", messages=turns, max_tokens=99, extra_body={"temperature": 0}
+    )
+    assert said_by(message) == ("", "82")
+    turns = [*asked, {"role": "assistant", "content": "54", "thinking": thinking}]
+    told = llama.chat("pico", turns, options={"temperature": 0}).message
+    assert (told.thinking, told.content) == (None, "82")
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -63,6 +64,40 @@ def test_body_without_end_is_refused_while_it_arrives(live: Start) -> None:
     else:
         assert response.status_code == 413
     assert endpoint.client.requests == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="F_SETPIPE_SZ is Linux's")
+def test_log_that_nobody_reads_holds_nothing_up() -> None:
+    from fcntl import F_SETPIPE_SZ, fcntl
+
+    with serving("short") as server:
+        assert server.process.stderr is not None
+        fcntl(server.process.stderr, F_SETPIPE_SZ, 4096)
+        with httpx.Client(timeout=PATIENCE_S) as client:
+            for _ in range(60):  # some 10,000 bytes of lines
+                answer = client.post(f"{server.url}/chat/completions", json=body_of(stream=False))
+                assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], " POST /v1/chat/completions 200 model=pico "),
+        (["--no-log-requests"], None),
+        (["--no-log-requests", "--log-contents"], 'answered "{'),
+    ],
+)
+def test_serve_logs_what_it_is_told_to(flags: list[str], expected: str | None) -> None:
+    with serving("short", *flags) as server:
+        httpx.post(f"{server.url}/chat/completions", json=body_of(stream=False))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.stderr is not None
+        log = server.process.stderr.read()
+        assert server.process.wait(PATIENCE_S) == 0
+    if expected is None:
+        assert log == ""
+    else:
+        assert expected in log
 
 
 def test_serve_greets_with_what_a_client_needs() -> None:
@@ -162,7 +197,8 @@ def test_ctrl_c_twice_cuts_the_answer_off() -> None:
         assert server.process.wait(PATIENCE_S) == 130
         reader.join(PATIENCE_S)
         assert server.process.stderr is not None
-        assert server.process.stderr.read() == ""
+        (line,) = server.process.stderr.read().splitlines()
+    assert " POST /v1/chat/completions 200 " in line and " finish=abort " in line
     assert "[DONE]" not in reader.text
 
 

@@ -274,6 +274,7 @@ async def test_missing_or_foreign_file_is_a_model_error(tmp_path: Path) -> None:
 
 
 async def test_killed_child_ends_the_reply_and_the_next_one_works(client: EngineClient) -> None:
+    n_restarts = client.n_restarts
     generation = client.generate(SUM, ENDLESS)
     await until(generation, TextDelta)
     assert client.pid is not None
@@ -283,6 +284,7 @@ async def test_killed_child_ends_the_reply_and_the_next_one_works(client: Engine
     assert not isinstance(caught.value, EngineOutOfMemory)  # nobody says that it was memory
     _, answer, _ = await collect(client.generate(SUM, GenerateOptions()))
     assert answer == "5482"
+    assert client.n_restarts == n_restarts + 1
 
 
 async def test_child_that_gives_no_sign_of_life_is_replaced(
@@ -731,6 +733,7 @@ async def test_reply_that_has_said_nothing_begins_anew_in_a_smaller_engine(pico_
     assert isinstance(first, Notice)
     assert "".join(e.text for e in others if isinstance(e, TextDelta)) == "5482"
     assert client.info is not None and client.info.n_ctx == 1024
+    assert client.n_restarts == 1
     await client.close()
 
 
@@ -768,6 +771,7 @@ async def test_idle_model_is_unloaded_and_comes_back_with_its_state(
     _, _, finished = await collect(client.generate(turns, GenerateOptions()))
     assert finished.usage.cached_from == "disk"
     assert finished.usage.cached_tokens > 200
+    assert client.n_restarts == 0  # it did not die
     await client.close()
 
 

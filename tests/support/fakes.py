@@ -19,6 +19,7 @@ from nanorun.model.chat import (
     ModelInfo,
     PrefillProgress,
     Prompt,
+    PromptTokens,
     RawPrompt,
     TextDelta,
     ThinkingDelta,
@@ -196,6 +197,8 @@ class FakeClient:
     n_closes: int = 0
     options: EngineOptions = field(default_factory=EngineOptions)
     state: EngineState = field(default_factory=lambda: EngineState("ready", since=0.0))
+    pid: int | None = None
+    n_restarts: int = 0
 
     @classmethod
     def playing(cls, *scripts: list[Step], **options: Any) -> FakeClient:
@@ -205,10 +208,6 @@ class FakeClient:
     @property
     def info(self) -> ModelInfo:
         return self.model_info
-
-    @property
-    def pid(self) -> None:
-        return None
 
     @property
     def last(self) -> FakeRequest:
@@ -235,6 +234,23 @@ class FakeClient:
 
     async def tokenize(self, text: str, *, special: bool = False) -> list[int]:
         return list(text.encode())
+
+    async def pieces(self, tokens: Sequence[int], *, special: bool = True) -> list[bytes]:
+        return [bytes([token]) for token in tokens]
+
+    async def detokenize(self, tokens: Sequence[int], *, special: bool = True) -> str:
+        return bytes(tokens).decode("utf-8", "replace")
+
+    async def render(self, prompt: Prompt, options: GenerateOptions) -> PromptTokens:
+        """A line for each message, or BOS (a "^") and the raw text; a byte is a token."""
+        if isinstance(prompt, RawPrompt):
+            text = f"^{prompt.text}"
+        else:
+            text = "".join(f"{message.role}: {message.content}\n" for message in prompt)
+        return PromptTokens(text, tuple(text.encode()), (), thinks=False)
+
+    async def count_tokens(self, prompt: Prompt, options: GenerateOptions) -> int:
+        return len((await self.render(prompt, options)).tokens)
 
     async def score(
         self, text: str, n_ctx: int = 512, progress: Callable[[int, int], None] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 from enum import StrEnum
 from pathlib import Path
@@ -17,12 +18,13 @@ from nanorun.cli.planning import Opening, log_memory, parse_draft, plan_opening
 from nanorun.errors import UsageError
 from nanorun.model.engine_options import EngineOptions
 from nanorun.model.think import Think
-from nanorun.model.units import parse_duration
+from nanorun.model.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     import socket
 
     from nanorun.runtime.client import EngineClient
+    from nanorun.server.keys import ApiKey
     from nanorun.server.settings import ServerSettings
 
 _NETWORK = "Network"
@@ -72,6 +74,27 @@ def command(
             metavar="KEY",
             envvar="NANORUN_API_KEY",
             help="Key that clients must send; may be repeated.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--api-key-file",
+            metavar="FILE",
+            help="Keys, one a line, as `name: key` or `key`, like NANORUN_API_KEYS.",
+            show_default=False,
+            rich_help_panel=_NETWORK,
+        ),
+    ] = None,
+    max_per_key: Annotated[
+        int | None,
+        typer.Option(
+            "--max-per-key",
+            metavar="N",
+            min=1,
+            help="Requests of one key at a time; the next is told to come back later (429).",
             show_default=False,
             rich_help_panel=_NETWORK,
         ),
@@ -128,6 +151,24 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = 512,
+    max_queued_size: Annotated[
+        str,
+        typer.Option(
+            "--max-queued-size",
+            metavar="SIZE",
+            help="Bodies of waiting requests together; a request beyond gets 429.",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "256MiB",
+    max_wait: Annotated[
+        str,
+        typer.Option(
+            "--max-wait",
+            metavar="TIME",
+            help="A request that waits longer for its turn gets 429 (10m, forever).",
+            rich_help_panel=_NETWORK,
+        ),
+    ] = "10m",
     aliases: Annotated[
         list[str] | None,
         typer.Option(
@@ -160,6 +201,22 @@ def command(
             rich_help_panel=_NETWORK,
         ),
     ] = ReasoningField.REASONING,
+    log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--log-requests/--no-log-requests",
+            help="Tell of each request on stderr, one line without contents.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = True,
+    log_contents: Annotated[
+        bool,
+        typer.Option(
+            "--log-contents",
+            help="Tell what is asked and answered, too: 4 KiB of each, for debugging.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = False,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
     n_parallel: Annotated[
@@ -199,15 +256,22 @@ def command(
     from nanorun.server.settings import ServerSettings
     from nanorun.server.tls import check_pair
 
+    show_logs(verbose=verbose, requests=log_requests or log_contents)
     settings = ServerSettings(
         host=host,
         api_keys=tuple(api_keys or ()),
+        named_keys=_named_keys(api_key_file),
+        max_per_key=max_per_key,
         allow_origins=tuple(allow_origins or ()),
         allow_hosts=tuple(allow_hosts or ()),
         tls_cert=tls_cert,
         tls_key=tls_key,
         n_parallel=n_parallel,
         max_queued=max_queued,
+        max_queued_bytes=parse_size(max_queued_size),
+        max_wait_s=_limit_s(max_wait),
+        log_requests=log_requests,
+        log_contents=log_contents,
         aliases=tuple(aliases or ()),
         any_model=any_model,
         ollama=ollama,
@@ -217,7 +281,8 @@ def command(
     )
     check_keys(settings)
     check_pair(tls_cert, tls_key)
-    show_logs(verbose=verbose)
+    if log_contents:
+        note("what people ask and are answered is written to this log (--log-contents)")
     path = find_model(model)
     fixed = EngineOptions(
         n_parallel=n_parallel, speculation=parse_draft(draft), state_dir=state_folder(keep=state)
@@ -230,31 +295,48 @@ def command(
         opening.options,
         smaller=opening.smaller,
         needs=opening.needs,
-        keep_alive_s=_idle_limit(keep_alive),
+        keep_alive_s=_limit_s(keep_alive),
     )
     # Bound before the model is loaded: a port that is taken should not cost that wait.
     listener = bind(host, port)
     asyncio.run(_serve(client, opening, display_name(model), listener, settings))
 
 
-def _idle_limit(keep_alive: str) -> float | None:
-    """Seconds of `--keep-alive`; None to keep the model for good."""
-    return None if keep_alive.strip().lower() == "forever" else parse_duration(keep_alive)
+def _limit_s(text: str) -> float | None:
+    """Seconds of `--keep-alive` or `--max-wait`; None for no limit."""
+    return None if text.strip().lower() == "forever" else parse_duration(text)
+
+
+def _named_keys(file: Path | None) -> tuple[ApiKey, ...]:
+    """The keys of `--api-key-file` and of NANORUN_API_KEYS."""
+    from nanorun.server.keys import read_key_file, read_keys
+
+    of_file = () if file is None else read_key_file(file)
+    lines = os.environ.get("NANORUN_API_KEYS", "")
+    return (*of_file, *(read_keys(lines, "NANORUN_API_KEYS") if lines else ()))
 
 
 def check_keys(settings: ServerSettings) -> None:
     """Let nobody's machine be open to its network by accident.
 
     Raises:
-        UsageError: If others can reach the endpoint and it asks for no key, or for an empty one.
+        UsageError: If others can reach the endpoint and it asks for no key, or keys cannot be
+            told apart.
     """
-    if not all(key.strip() for key in settings.api_keys):
-        raise UsageError("an API key is empty")
-    if settings.is_local or settings.api_keys:
+    from nanorun.server.keys import check_distinct
+
+    keys = settings.all_keys
+    check_distinct(keys)
+    if settings.max_per_key is not None and not keys:
+        raise UsageError(
+            "--max-per-key limits requests of a key, and there is no key",
+            tries=["nanorun serve --api-key-file FILE --max-per-key 2"],
+        )
+    if settings.is_local or keys:
         return
     raise UsageError(
         f"listening on {settings.host} lets others in, and there is no API key",
-        facts=["a key may come from --api-key or from NANORUN_API_KEY"],
+        facts=["keys may come from --api-key, --api-key-file, NANORUN_API_KEY or NANORUN_API_KEYS"],
         tries=[f"NANORUN_API_KEY=$(openssl rand -hex 16) nanorun serve --host {settings.host}"],
     )
 
@@ -281,7 +363,12 @@ async def _serve(
         )
         # The server repeats the signal that stopped it once it is done; ending well is no failure.
         signal.signal(signal.SIGTERM, lambda _signum, _frame: None)
-        app = create_app(client, model_name=name, settings=settings)
+        app = create_app(
+            client,
+            model_name=name,
+            settings=settings,
+            planned_bytes=lambda: opening.needs.planned_bytes.get(client.options),
+        )
         await serve(app, listener, settings, lambda _server: note(greeting))
     finally:
         status.clear()

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanorun.errors import NanorunError
-from nanorun.model.chat import EngineStats, Event, GenerateOptions, Message, ModelInfo, RawPrompt
+from nanorun.model.chat import (
+    EngineStats,
+    Event,
+    GenerateOptions,
+    Message,
+    ModelInfo,
+    PromptTokens,
+    RawPrompt,
+)
 from nanorun.model.engine_options import EngineOptions
 from nanorun.runtime.process.wire import Codec
 
@@ -81,6 +89,27 @@ class Tokenize:
 
 
 @dataclass(frozen=True, slots=True)
+class Detokenize:
+    """Answered by `Pieces`."""
+
+    id: str
+    tokens: tuple[int, ...]
+    special: bool
+    """Whether control tokens give their texts; else they give nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Render:
+    """Make a prompt as for a `Generate`, and answer nothing; answered by `Rendered`."""
+
+    id: str
+    prompt: tuple[Message, ...] | RawPrompt
+    options: GenerateOptions
+    counts_only: bool
+    """Whether the number of tokens is all that is asked."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stats:
     """Answered by `Statistics`."""
 
@@ -115,6 +144,8 @@ Request = (
     | FinishThinking
     | SetBudget
     | Tokenize
+    | Detokenize
+    | Render
     | Stats
     | ChangeSpare
     | Score
@@ -173,6 +204,24 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Pieces:
+    """The bytes that tokens stand for, one item a token."""
+
+    id: str
+    pieces: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """What the model would read."""
+
+    id: str
+    n_tokens: int
+    prompt: PromptTokens | None
+    """None if only the number was asked."""
+
+
+@dataclass(frozen=True, slots=True)
 class Statistics:
     """What the engine holds."""
 
@@ -201,7 +250,19 @@ class Scored:
     ppl: float
 
 
-Answer = Ready | Pong | Said | Failed | Progress | Tokens | Statistics | SpareChanged | Scored
+Answer = (
+    Ready
+    | Pong
+    | Said
+    | Failed
+    | Progress
+    | Tokens
+    | Pieces
+    | Rendered
+    | Statistics
+    | SpareChanged
+    | Scored
+)
 
 
 @dataclass(frozen=True, slots=True)

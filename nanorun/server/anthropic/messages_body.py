@@ -12,6 +12,7 @@ from nanorun.server.anthropic.blocks import read_conversation
 from nanorun.server.asked import Asked
 from nanorun.server.depth import EFFORTS, read_depth
 from nanorun.server.errors import ApiError
+from nanorun.server.history import to_continue
 from nanorun.server.openai.formats import ResponseFormat
 from nanorun.server.tools import ToolChoice, function_tool
 
@@ -53,6 +54,7 @@ class MessagesRequest(BaseModel):
         if self.mcp_servers:
             raise _invalid("mcp_servers", "this server calls no others; offer their tools as tools")
         messages, notices = read_conversation(self.system, self.messages)
+        messages, is_begun = to_continue(messages)
         offered, listed = self._tools()
         choice = ToolChoice.read(self.tool_choice)
         tools = choice.offered(offered)
@@ -70,6 +72,7 @@ class MessagesRequest(BaseModel):
             is not True,
             grammar=self._grammar(),
             echo_thinking=self._echoes_thinking,
+            continue_final=is_begun,
         )
         told = (
             *notices,

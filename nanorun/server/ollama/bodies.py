@@ -12,7 +12,7 @@ from nanorun.model.think import Think
 from nanorun.server.asked import Asked
 from nanorun.server.depth import read_depth
 from nanorun.server.errors import ApiError
-from nanorun.server.history import History, read_messages
+from nanorun.server.history import History, read_messages, to_continue
 from nanorun.server.sampling_body import SamplingBody, asked_numbers
 from nanorun.server.tools import ToolIn
 
@@ -131,10 +131,13 @@ class OllamaChat(OllamaRequest):
         """
         raw = [self._plain(i, message) for i, message in enumerate(self.messages or ())]
         messages, notices = read_messages(raw)
-        tools = tuple(tool.to_tool() for tool in self.tools or ())
+        messages, is_begun = to_continue(messages)
         return self._asked(
-            messages, default_think, notices, tools=tools, echo_thinking=self._echoes(raw)
-        )
+            messages, default_think, notices,
+            tools=tuple(tool.to_tool() for tool in self.tools or ()),
+            echo_thinking=self._echoes(raw),
+            continue_final=is_begun,
+        )  # fmt: skip
 
     def _plain(self, i: int, message: dict[str, Any]) -> dict[str, Any]:
         """A message of Ollama's as one of OpenAI's: pictures lie beside the text, not in it."""

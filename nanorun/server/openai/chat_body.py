@@ -6,6 +6,7 @@ that are not here.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -24,7 +25,7 @@ from nanorun.model.think import OFF, Think
 from nanorun.server.asked import Asked
 from nanorun.server.depth import EFFORTS, read_depth
 from nanorun.server.errors import ApiError
-from nanorun.server.history import read_messages
+from nanorun.server.history import read_messages, to_continue
 from nanorun.server.openai.formats import ResponseFormat, StructuredOutputs
 from nanorun.server.policy import understand
 from nanorun.server.sampling_body import SamplingBody, asked_numbers
@@ -140,6 +141,10 @@ class ChatRequest(AnswerBody):
     include_reasoning: StrictBool | None = None
     """False keeps the thinking to the server."""
     chat_template_kwargs: TemplateOptions | None = None
+    continue_final_message: StrictBool | None = None
+    """vLLM's: whether a last message of the assistant goes on; if nobody says, it does."""
+    add_generation_prompt: StrictBool | None = None
+    """vLLM's: the opposite."""
 
     def to_asked(self, *, default_think: Think) -> Asked:
         """What it asks of the engine.
@@ -148,7 +153,23 @@ class ChatRequest(AnswerBody):
             ApiError: Naming the field that cannot be meant.
         """
         messages, notices = read_messages(self.messages)
-        return Asked(messages, self._options(default_think), self.n or 1, notices)
+        messages, is_begun = to_continue(messages)
+        continues = self._continues(is_begun=is_begun)
+        options = replace(self._options(default_think), continue_final=continues)
+        return Asked(messages, options, self.n or 1, notices)
+
+    def _continues(self, *, is_begun: bool) -> bool:
+        """Whether the last message is to be gone on with."""
+        says = self.continue_final_message
+        says_not = self.add_generation_prompt
+        if says is not None and says is says_not:
+            message = "add_generation_prompt and continue_final_message contradict each other"
+            raise _invalid("add_generation_prompt", message)
+        wanted = says if says is not None else None if says_not is None else not says_not
+        if wanted and not is_begun:
+            field = "add_generation_prompt" if says is None else "continue_final_message"
+            raise _invalid(field, f"{field}: the last message is no answer that was begun")
+        return is_begun if wanted is None else wanted
 
     def _options(self, default_think: Think) -> GenerateOptions:
         if self.top_logprobs and not self.logprobs:

@@ -19,7 +19,7 @@ def completions_routes(service: Service) -> APIRouter:
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Go on with a text or with tokens, whole or as a stream."""
         service.check_model(body.model)
-        asked = body.to_asked()
+        asked = body.to_asked(default_think=service.settings.think)
         writer = CompletionWriter(
             service.names.name, asked, echo=bool(body.echo), include_usage=body.wants_usage
         )

@@ -8,7 +8,7 @@ from pydantic import Field, StrictBool
 
 from nanorun.model.chat import GenerateOptions, RawPrompt
 from nanorun.model.sampling import MAX_LOGPROBS
-from nanorun.model.think import OFF
+from nanorun.model.think import Think
 from nanorun.server.asked import Asked
 from nanorun.server.errors import ApiError
 from nanorun.server.openai.chat_body import AnswerBody
@@ -24,8 +24,11 @@ class CompletionRequest(AnswerBody):
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | StrictBool | None = None
     echo: StrictBool | None = None
 
-    def to_asked(self) -> Asked:
+    def to_asked(self, *, default_think: Think) -> Asked:
         """What it asks of the engine.
+
+        Args:
+            default_think: How long to think where the prompt has opened the thinking.
 
         Raises:
             ApiError: Naming the field that cannot be meant.
@@ -41,7 +44,7 @@ class CompletionRequest(AnswerBody):
             )  # fmt: skip
         options = GenerateOptions(
             **self.answer_options(),
-            think=OFF,
+            think=default_think,
             max_tokens=self.max_tokens,
             # True is how chat asks for them; it would pass for 1.
             logprobs=int(self.logprobs) if self.logprobs not in (None, False) else self._zero(),

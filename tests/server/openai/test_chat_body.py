@@ -410,3 +410,40 @@ def test_synonym_that_contradicts_is_refused() -> None:
 def test_two_forms_at_once_are_refused() -> None:
     with pytest.raises(ApiError, match="give one of them"):
         options(response_format={"type": "json_object"}, structured_outputs={"regex": "a"})
+
+
+BEGUN = {"role": "assistant", "content": "The answer is"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "goes_on"),
+    [
+        ({}, True),
+        ({"continue_final_message": True, "add_generation_prompt": False}, True),
+        ({"continue_final_message": True}, True),
+        ({"add_generation_prompt": False}, True),
+        ({"continue_final_message": False}, False),
+        ({"add_generation_prompt": True}, False),
+    ],
+)
+def test_reply_that_was_begun_goes_on(fields: dict[str, Any], goes_on: bool) -> None:
+    assert options(messages=[USER, BEGUN], **fields).continue_final is goes_on
+
+
+@pytest.mark.parametrize("last", [USER, {"role": "assistant", "tool_calls": [
+    {"id": "c", "function": {"name": "add", "arguments": "{}"}}]}])  # fmt: skip
+def test_message_that_is_no_begun_reply_is_answered(last: dict[str, Any]) -> None:
+    assert not options(messages=[USER, last]).continue_final
+    with pytest.raises(ApiError, match="is no answer that was begun"):
+        options(messages=[USER, last], continue_final_message=True)
+
+
+def test_reply_without_a_word_is_left_out() -> None:
+    asked = parse(messages=[USER, {"role": "assistant", "content": ""}]).to_asked(default_think=LOW)
+    assert asked.prompt == (Message("user", "hi"),)
+    assert not asked.options.continue_final
+
+
+def test_switches_that_contradict_are_refused() -> None:
+    with pytest.raises(ApiError, match="contradict"):
+        options(messages=[USER, BEGUN], continue_final_message=True, add_generation_prompt=True)

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from nanorun.model.chat import RawPrompt, ThinkingDelta, TokenLogprobs
+from nanorun.model.think import MEDIUM
 from tests.server.conftest import Endpoint, Stream, error_of
 from tests.support.fakes import reply
 
@@ -27,11 +28,8 @@ async def test_completion_is_the_text_that_follows(endpoint: Make) -> None:
     assert body["usage"]["completion_tokens"] == 4
     asked = api.client.last
     assert asked.raw == RawPrompt(text="once")
-    assert (asked.options.max_tokens, asked.options.seed, asked.options.think.is_off) == (
-        4,
-        3,
-        True,
-    )
+    assert (asked.options.max_tokens, asked.options.seed) == (4, 3)
+    assert asked.options.think == MEDIUM  # matters only where the prompt has opened the thinking
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from nanorun.server.asked import Asked
 from nanorun.server.errors import ApiError, to_api_error
 from nanorun.server.openai.responses.body import ItemsQuery, ResponsesRequest
 from nanorun.server.openai.responses.items import kind_of
-from nanorun.server.openai.responses.offered import read_tools
+from nanorun.server.openai.responses.offered import OfferedTools, read_tools
 from nanorun.server.openai.responses.store import ResponseStore, Stored
 from nanorun.server.openai.responses.writer import ResponsesWriter
+from nanorun.server.record import RequestRecord, record_of
 from nanorun.server.service import Service
 
 Item = dict[str, Any]
@@ -44,8 +45,7 @@ class Responses:
         self._check_background(body)
         own = await self._resolved(body.own_items())
         tools = read_tools(body.tools or ())
-        conversation = [*await self._earlier(body.previous_response_id), *own]
-        asked = body.to_asked(conversation, tools, default_think=self._service.settings.think)
+        asked = await self._asked(body, own, tools)
 
         async def save(response: dict[str, Any]) -> bool:
             return await asyncio.to_thread(self._store.save, response, own)
@@ -55,8 +55,22 @@ class Responses:
         )
         self._made[writer.id] = writer
         if body.background:
-            return JSONResponse(self._begin(asked, writer))
+            return JSONResponse(self._begin(asked, writer, record_of(request.scope)))
         return await self._service.respond(request, asked, writer, stream=bool(body.stream))
+
+    async def count_tokens(self, body: ResponsesRequest) -> dict[str, Any]:
+        """How many tokens the prompt of a response has."""
+        self._service.check_model(body.model)
+        own = await self._resolved(body.own_items())
+        asked = await self._asked(body, own, read_tools(body.tools or ()))
+        n_tokens = await self._service.client.count_tokens(asked.prompt, asked.options)
+        return {"object": "response.input_tokens", "input_tokens": n_tokens}
+
+    async def _asked(
+        self, body: ResponsesRequest, own: Sequence[Item], tools: OfferedTools
+    ) -> Asked:
+        conversation = [*await self._earlier(body.previous_response_id), *own]
+        return body.to_asked(conversation, tools, default_think=self._service.settings.think)
 
     async def get(self, response_id: str) -> dict[str, Any]:
         """A response, finished or as far as it is."""
@@ -99,17 +113,19 @@ class Responses:
             why = "a response in the background must be stored"
             raise ApiError(400, f"background: {why}", code="invalid_value", param="store")
 
-    def _begin(self, asked: Asked, writer: ResponsesWriter) -> dict[str, Any]:
+    def _begin(
+        self, asked: Asked, writer: ResponsesWriter, record: RequestRecord
+    ) -> dict[str, Any]:
         """Make a response that nobody waits for."""
 
         async def make() -> None:
             try:
-                await self._service.complete(asked, writer)
+                await self._service.complete(asked, writer, record)
             except Exception as error:
                 writer.error = to_api_error(error)
                 await writer.settle()
 
-        self._service.admission.check(asked.n_answers)
+        self._service.admission.check(asked.n_answers, key=record.key, n_bytes=record.n_body_bytes)
         task = asyncio.create_task(make())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -158,6 +174,11 @@ def responses_routes(responses: Responses) -> APIRouter:
     async def create(body: ResponsesRequest, request: Request) -> Response:
         """Answer a conversation, whole, as a stream, or in the background."""
         return await responses.create(body, request)
+
+    @router.post("/v1/responses/input_tokens")
+    async def count_tokens(body: ResponsesRequest) -> dict[str, Any]:
+        """How many tokens the prompt of a response has."""
+        return await responses.count_tokens(body)
 
     @router.get("/v1/responses/{response_id}")
     async def show(response_id: str, stream: bool = False) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanorun.server.settings import ServerSettings
+
 log = logging.getLogger(__name__)
 
 _SCHEMA = """
@@ -63,6 +65,15 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._db = _open(path)
+
+    @classmethod
+    def of(cls, settings: ServerSettings) -> ResponseStore:
+        """The store of an endpoint."""
+        return cls(
+            settings.responses_file,
+            max_age_s=settings.responses_max_age_s,
+            max_bytes=settings.responses_max_bytes,
+        )
 
     def save(self, response: dict[str, Any], items: Sequence[Item]) -> bool:
         """Keep a response and what was asked.
