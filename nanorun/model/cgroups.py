@@ -32,8 +32,7 @@ class MemoryLimit:
 
 def memory_limit(proc: Path = _PROC, root: Path = _ROOT) -> MemoryLimit | None:
     """The limit on this process's memory, or None without one."""
-    limits = [limit for limit in _limits(proc, root) if limit.total_bytes < _UNLIMITED]
-    return min(limits, key=lambda limit: limit.free_bytes, default=None)
+    return min(_limits(proc, root), key=lambda limit: limit.free_bytes, default=None)
 
 
 def n_cpus_allowed(proc: Path = _PROC, root: Path = _ROOT) -> int:
@@ -67,9 +66,9 @@ def _limits(proc: Path, root: Path) -> Iterator[MemoryLimit]:
             (1, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
         ):
             total, used = _number(folder / limit_file), _number(folder / usage_file)
-            if total is None or used is None:
+            if total is None or used is None or total >= _UNLIMITED:
                 continue
-            cached = sum(_stat(folder, f"{prefix}{kind}_file") for kind in ("inactive", "active"))
+            cached = _cached_bytes(folder, prefix)
             text = f"cgroup v{version} limit {format_gib(total)}"
             yield MemoryLimit(total, max(0, total - max(0, used - cached)), text)
 
@@ -102,12 +101,13 @@ def _number(path: Path) -> int | None:
     return int(text) if text and text.isdigit() else None
 
 
-def _stat(folder: Path, key: str) -> int:
-    for line in (_read(folder / "memory.stat") or "").splitlines():
-        name, _, value = line.partition(" ")
-        if name == key and value.isdigit():
-            return int(value)
-    return 0
+def _cached_bytes(folder: Path, prefix: str) -> int:
+    """Pages of files, of which the kernel counts active ones apart."""
+    # Read once: the kernel adds up the counters of all processors each time, which takes a while.
+    text = _read(folder / "memory.stat") or ""
+    fields = dict(line.split(" ", 1) for line in text.splitlines() if " " in line)
+    numbers = [fields.get(f"{prefix}{kind}_file", "") for kind in ("inactive", "active")]
+    return sum(int(number) for number in numbers if number.isdecimal())
 
 
 def _read(path: Path) -> str | None:

@@ -26,7 +26,7 @@ class MainMemory:
 
 
 def read_main_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> MainMemory:
-    """What there is now; takes less than a millisecond.
+    """What there is now; takes some milliseconds.
 
     Args:
         proc: `/proc`.

@@ -115,6 +115,8 @@ class EngineClient:
         """When the model was last unloaded, or could not be loaded, and why."""
         self._idle_timer: asyncio.Task[None] | None = None
         self._n_restarts = 0
+        self._has_died = False
+        """Whether the next child replaces one that died."""
 
     @property
     def info(self) -> ModelInfo | None:
@@ -170,7 +172,7 @@ class EngineClient:
         """
         async with self._starting:
             if self._child is None or not self._child.alive:
-                self._n_restarts += self._child is not None
+                self._has_died = self._has_died or self._child is not None
                 try:
                     self._child = await self._start_child()
                 except NanorunError as error:
@@ -188,6 +190,8 @@ class EngineClient:
             # It may ask every process what it holds, which takes a while on a busy machine.
             options = await asyncio.to_thread(self._openings.next)
             child = self._opening = Child()
+            self._n_restarts += self._has_died
+            self._has_died = False
             try:
                 await child.start(self._model, options)
                 self._watch.begin(child, options)
@@ -214,7 +218,7 @@ class EngineClient:
             if child.alive:
                 await child.stop()
             self._child, self._ended = None, (time.time(), error)
-            self._n_restarts += 1
+            self._has_died = True
             return self._openings.failed(error)
 
     async def check_room(self, prompt: Prompt) -> None:

@@ -33,6 +33,7 @@ from nanorun.model.chat import (
     Message,
     Notice,
     PrefillProgress,
+    RawPrompt,
     TextDelta,
     ThinkingDelta,
     TokenLogprobs,
@@ -42,10 +43,10 @@ from nanorun.model.ggml_type import GgmlType
 from nanorun.model.main_memory import MainMemory
 from nanorun.model.memory_needs import MemoryNeeds
 from nanorun.model.think import MAX, OFF, Think
-from nanorun.runtime import openings as openings_module
 from nanorun.runtime.client import EngineClient, EngineGeneration
 from nanorun.runtime.process import child as child_module
 from nanorun.runtime.process import oom
+from nanorun.runtime.process.machine_memory import MemoryNow
 from tests.support.waiting import PATIENCE_S, become
 
 SUM = [Message("user", "What is 4785 + 697?")]
@@ -872,20 +873,21 @@ async def test_logprobs_come_with_the_tokens(client: EngineClient) -> None:
 
 
 class OtherPrograms:
-    """Memory that others hold, as a test says."""
+    """Memory that others leave, as a test says; an `EngineClient` reads it instead of the real."""
 
     def __init__(self) -> None:
         self.free_bytes = 2**34
 
-    def read(self) -> MainMemory:
+    def before_loading(self) -> MainMemory:
         return MainMemory(2**34, self.free_bytes)
+
+    def beside(self, pid: int) -> MemoryNow:
+        return MemoryNow(self.free_bytes)
 
 
 @pytest.fixture
-def others(monkeypatch: pytest.MonkeyPatch) -> OtherPrograms:
-    programs = OtherPrograms()
-    monkeypatch.setattr(openings_module, "read_main_memory", programs.read)
-    return programs
+def others() -> OtherPrograms:
+    return OtherPrograms()
 
 
 NEEDS = MemoryNeeds({OPTIONS: 2**33}, 2**32, 2**30)
@@ -934,7 +936,7 @@ async def test_model_that_does_not_fit_is_not_loaded_until_it_does(
     pico_gguf: Path, others: OtherPrograms
 ) -> None:
     others.free_bytes = 2**32
-    client = EngineClient(pico_gguf, OPTIONS, needs=NEEDS)
+    client = EngineClient(pico_gguf, OPTIONS, needs=NEEDS, memory=others)
     for _ in range(3):
         with pytest.raises(MemoryShortage, match=r"needs 8\.0 GiB of main memory, but 4\.0 GiB"):
             await collect(client.generate(SUM, GenerateOptions()))
@@ -954,7 +956,9 @@ async def test_engine_that_the_kernel_killed_is_not_loaded_into_a_full_machine(
     pico_gguf: Path, others: OtherPrograms
 ) -> None:
     """Its request ends at once, others too, and none of them starts a process."""
-    client = EngineClient(pico_gguf, OPTIONS, smaller=[(OPTIONS, "nothing")], needs=NEEDS)
+    client = EngineClient(
+        pico_gguf, OPTIONS, smaller=[(OPTIONS, "nothing")], needs=NEEDS, memory=others
+    )
     await client.start()
     assert client.pid is not None
     os.kill(client.pid, signal.SIGSTOP)
@@ -969,4 +973,86 @@ async def test_engine_that_the_kernel_killed_is_not_loaded_into_a_full_machine(
     others.free_bytes = 2**34
     events = await _list(client.generate(SUM, GenerateOptions()))
     assert "".join(e.text for e in events if isinstance(e, TextDelta)) == "5482"
+    await client.close()
+
+
+@pytest.fixture
+async def watched(pico_gguf: Path, others: OtherPrograms) -> AsyncIterator[EngineClient]:
+    """An engine that has answered something."""
+    client = EngineClient(pico_gguf, OPTIONS, needs=NEEDS, memory=others)
+    await collect(client.generate(SUM, GenerateOptions()))
+    yield client
+    await client.close()
+
+
+async def notices_of(client: EngineClient) -> list[str]:
+    """What is told before an answer, which must be right."""
+    events = await _list(client.generate(SUM, GenerateOptions()))
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == "5482"
+    return [event.text for event in events if isinstance(event, Notice)]
+
+
+async def test_saved_states_are_given_back_when_memory_is_short(
+    watched: EngineClient, others: OtherPrograms
+) -> None:
+    assert (await watched.stats()).checkpoint_bytes > 0
+    others.free_bytes = 2**28
+    async with asyncio.timeout(PATIENCE_S):
+        while (await watched.stats()).checkpoint_bytes:
+            await asyncio.sleep(0.05)
+    (notice,) = await notices_of(watched)
+    assert notice.startswith("memory is short (256.0 MiB left): saved prompts of ")
+    assert await notices_of(watched) == []
+    assert (await watched.stats()).checkpoint_bytes == 0
+    assert watched.state.phase == "ready"
+
+
+async def test_long_prompt_is_refused_while_memory_is_nearly_spent(
+    watched: EngineClient, others: OtherPrograms
+) -> None:
+    long = [Message("user", "1 + " * 20_000 + "1 ="), *SUM]
+    others.free_bytes = 2**27
+    async with asyncio.timeout(PATIENCE_S):
+        while (await watched.stats()).checkpoint_bytes:
+            await asyncio.sleep(0.05)
+    for prompt in (long, RawPrompt(text="x" * 2**17), RawPrompt(tokens=(5,) * 2**16)):
+        with pytest.raises(MemoryShortage, match=r"nearly spent \(128\.0 MiB left\)") as caught:
+            await _list(watched.generate(prompt, GenerateOptions()))
+        assert caught.value.retry_after_s
+    assert await notices_of(watched) != []  # short ones are answered
+    others.free_bytes = 2**34
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                await _list(watched.generate(long, GenerateOptions()))
+            except MemoryShortage:
+                await asyncio.sleep(0.05)
+            except ContextFull:
+                break  # the engine has read it
+
+
+async def test_kill_while_memory_is_short_counts_as_memory(
+    watched: EngineClient, others: OtherPrograms
+) -> None:
+    """Services that end processes before the kernel must leave no other trace."""
+    others.free_bytes = 2**28
+    async with asyncio.timeout(PATIENCE_S):
+        while (await watched.stats()).checkpoint_bytes:
+            await asyncio.sleep(0.05)
+    assert watched.pid is not None
+    os.kill(watched.pid, signal.SIGKILL)
+    await become(lambda: watched.pid is None)
+    assert watched.state.phase == "failed"
+    with pytest.raises(MemoryShortage):
+        await _list(watched.generate(SUM, GenerateOptions()))
+
+
+async def test_watched_engine_is_unloaded_as_others_are(
+    pico_gguf: Path, others: OtherPrograms
+) -> None:
+    client = EngineClient(pico_gguf, OPTIONS, needs=NEEDS, memory=others, keep_alive_s=2.5)
+    await collect(client.generate(SUM, GenerateOptions()))
+    others.free_bytes = 2**28
+    await become(lambda: client.state.phase == "unloaded")
+    assert client.pid is None
     await client.close()

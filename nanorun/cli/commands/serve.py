@@ -395,7 +395,7 @@ async def _serve(
             client,
             model_name=name,
             settings=settings,
-            planned_bytes=lambda: opening.needs.of(client.options) or None,
+            planned_bytes=lambda: opening.needs.planned_bytes.get(client.options),
         )
         await serve(app, listener, settings, lambda _server: note(greeting))
     finally:

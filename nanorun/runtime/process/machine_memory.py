@@ -26,7 +26,7 @@ class MemoryNow:
 
 
 class MachineMemory:
-    """Reads it; a reading takes less than a millisecond.
+    """Reads it; a reading takes some milliseconds.
 
     Args:
         proc: `/proc`.

@@ -10,7 +10,7 @@ from nanorun.model.memory_needs import MemoryNeeds
 from nanorun.model.units import MIB, format_gib
 
 _N_SHOWN = 3
-# Others may give memory back at any time; to ask costs a millisecond.
+# Others may give memory back at any time; to ask costs some milliseconds.
 _RETRY_AFTER_S = 10.0
 _LEAST_CUSHION = 256 * MIB
 
