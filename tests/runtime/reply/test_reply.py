@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanorun.errors import UsageError
@@ -298,6 +299,7 @@ def test_tokens_of_calls_are_not_listed() -> None:
     st.booleans(),
     st.sampled_from([(), (" stop",), ("bc", "\n\n")]),
 )
+@example([12, 1, 13], True, False, ())
 def test_tokens_listed_make_the_text(
     tokens: list[int], thinks: bool, plain: bool, stop: tuple[str, ...]
 ) -> None:
@@ -306,7 +308,13 @@ def test_tokens_listed_make_the_text(
     events += reply.last_words()
     for in_thinking, kind in ((True, ThinkingDelta), (False, TextDelta)):
         text = b"".join(listed(events, in_thinking=in_thinking)).decode("utf-8", "replace")
-        assert text == text_of(events, kind)
+        assert one_mark(text) == one_mark(text_of(events, kind))
+
+
+def one_mark(text: str) -> str:
+    """How many marks stand for bytes that are no characters depends on where they were parted: a
+    token that is not listed may have stood between."""
+    return re.sub("\N{REPLACEMENT CHARACTER}+", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def test_end_of_sequence_can_be_ignored() -> None:
