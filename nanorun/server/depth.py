@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanorun.model.think import HIGH, LOW, MAX, MEDIUM, OFF, Think
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import invalid
 
 EFFORTS = {
     "none": OFF,
@@ -50,12 +50,12 @@ def read_depth(value: Any, param: str) -> Think | None:
         case Mapping():
             return _from_object(value, param)
     known = ", ".join(EFFORTS)
-    raise _refused(param, f"{value!r} is no reasoning depth: {known}, or tokens")
+    raise invalid(param, f"{value!r} is no reasoning depth: {known}, or tokens")
 
 
 def _from_budget(n_tokens: int, param: str) -> Think:
     if n_tokens < -1:
-        raise _refused(param, f"{n_tokens} is no number of tokens; -1 is no limit")
+        raise invalid(param, f"{n_tokens} is no number of tokens; -1 is no limit")
     return MAX if n_tokens < 0 else Think(n_tokens)
 
 
@@ -65,14 +65,10 @@ def _from_object(value: Mapping[str, Any], param: str) -> Think | None:
     kind = value.get("type")
     if kind is not None and not (isinstance(kind, str) and kind in _SWITCHES):
         known = ", ".join(_SWITCHES)
-        raise _refused(f"{param}.type", f"{kind!r} is none of {known}")
+        raise invalid(f"{param}.type", f"{kind!r} is none of {known}")
     if kind == "disabled":
         return OFF
     for name in _BUDGETS:
         if value.get(name) is not None:
             return read_depth(value[name], f"{param}.{name}")
     return read_depth(value.get("effort"), f"{param}.effort")
-
-
-def _refused(param: str, why: str) -> ApiError:
-    return ApiError(400, f"{param}: {why}", code="invalid_value", param=param)

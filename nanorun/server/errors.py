@@ -67,6 +67,11 @@ class ApiError(Exception):
         return JSONResponse(body_for(path, self), status_code=self.status, headers=self.headers)
 
 
+def invalid(field: str, why: str) -> ApiError:
+    """A request whose field cannot be meant as it stands."""
+    return ApiError(400, f"{field}: {why}", code="invalid_value", param=field)
+
+
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -187,7 +192,7 @@ def _from_validation(errors: Sequence[Any]) -> ApiError:
     if not param:
         return ApiError(400, "the body must be a JSON object, sent as application/json")
     reason = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"{param}: {reason}", code="invalid_value", param=param)
+    return invalid(param, reason)
 
 
 def _path(loc: Sequence[int | str]) -> str:

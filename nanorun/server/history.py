@@ -14,7 +14,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from nanorun.model.chat import Message, ToolCall
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import ApiError, invalid
 
 ROLES = {
     "system": "system",
@@ -166,8 +166,7 @@ class History:
         self._notes[text] = None
 
     def _refused(self, field: str, why: str) -> ApiError:
-        param = f"{self._field}[{self._i_message}].{field}"
-        return ApiError(400, f"{param}: {why}", code="invalid_value", param=param)
+        return invalid(f"{self._field}[{self._i_message}].{field}", why)
 
 
 def read_messages(raw: list[dict[str, Any]]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -187,9 +186,9 @@ def to_continue(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], boo
 
     One without a word is how some clients say who speaks next.
     """
-    last = messages[-1] if messages else Message("user")
-    if last.role != "assistant" or last.tool_calls:
+    if not messages or messages[-1].role != "assistant" or messages[-1].tool_calls:
         return messages, False
+    last = messages[-1]
     if len(messages) > 1 and not (last.content or last.thinking):
         return messages[:-1], False
     return messages, True

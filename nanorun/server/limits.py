@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, model_validator
 
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import invalid
 
 MAX_MESSAGES = 10_000
 MAX_TOOLS = 1_024
@@ -49,7 +49,7 @@ def check_limits(body: Mapping[str, Any]) -> None:
     for name, n_most in _LISTS.items():
         items = body.get(name)
         if isinstance(items, list) and len(items) > n_most:
-            raise _beyond(name, f"it has {len(items)} items, and no more than {n_most} are taken")
+            raise invalid(name, f"it has {len(items)} items, and no more than {n_most} are taken")
     for i, tool in enumerate(_tools(body)):
         _check_schema(tool, f"tools[{i}]")
     for name in _SCHEMAS:
@@ -65,7 +65,7 @@ def _check_schema(schema: Any, name: str) -> None:
     n_chars = sum(_sizes(schema))
     if n_chars > MAX_SCHEMA_CHARS:
         problem = f"it has {n_chars} characters, and no more than {MAX_SCHEMA_CHARS} are taken"
-        raise _beyond(name, problem)
+        raise invalid(name, problem)
 
 
 def _sizes(value: Any) -> Iterator[int]:
@@ -90,14 +90,10 @@ def _check_depth(body: Mapping[str, Any]) -> None:
             if not level:
                 break
         else:
-            raise _beyond(name, f"it is nested deeper than the {MAX_DEPTH} levels that are taken")
+            raise invalid(name, f"it is nested deeper than the {MAX_DEPTH} levels that are taken")
 
 
 def _containers(value: Any) -> list[Any]:
     """The lists and objects directly in a value."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [item for item in items if isinstance(item, dict | list)]
-
-
-def _beyond(field: str, problem: str) -> ApiError:
-    return ApiError(400, f"{field}: {problem}", code="invalid_value", param=field)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool, StrictInt, ValidationErr
 
 from nanorun.model.chat import GenerateOptions, RawPrompt
 from nanorun.model.think import OFF
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import invalid
 from nanorun.server.openai.chat_body import ChatRequest
 from nanorun.server.service import Service
 
@@ -62,7 +62,7 @@ class TokenizeRequest(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             field = ".".join(str(part) for part in first["loc"])
-            raise _invalid(field or "messages", first["msg"]) from error
+            raise invalid(field or "messages", first["msg"]) from error
 
 
 class DetokenizeRequest(BaseModel):
@@ -116,10 +116,10 @@ def text_routes(service: Service) -> APIRouter:
 
 async def _tokens(service: Service, body: TokenizeRequest) -> list[int]:
     if (body.text is None) == (body.messages is None):
-        raise _invalid("content", "give a text (content, prompt) or messages, one of the two")
+        raise invalid("content", "give a text (content, prompt) or messages, one of the two")
     unknown = sorted(body.model_extra or ())
     if body.text is not None and unknown:
-        raise _invalid(unknown[0], "a text is tokenized without it")
+        raise invalid(unknown[0], "a text is tokenized without it")
     if body.messages is not None:
         asked = body.chat().to_asked(default_think=service.settings.think)
         return list((await service.client.render(asked.prompt, asked.options)).tokens)
@@ -136,7 +136,3 @@ def _piece(piece: bytes) -> str | list[int]:
         return piece.decode()
     except UnicodeDecodeError:
         return list(piece)
-
-
-def _invalid(field: str, why: str) -> ApiError:
-    return ApiError(400, f"{field}: {why}", code="invalid_value", param=field)

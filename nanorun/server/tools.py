@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import ApiError, invalid
 
 _WORDS = {"none": "none", "auto": "auto", "required": "required", "any": "required"}
 
@@ -67,8 +67,7 @@ def function_tool(
     try:
         function = FunctionIn.model_validate(fields)
     except ValueError as error:
-        message = f"tools: tool {name!r} cannot be offered: {error}"
-        raise ApiError(400, message, code="invalid_value", param="tools") from error
+        raise invalid("tools", f"tool {name!r} cannot be offered: {error}") from error
     return {"type": "function", "function": function.model_dump(exclude_none=True)}
 
 
@@ -143,4 +142,4 @@ def _name_of(value: Any) -> str:
 
 
 def _refused(why: str) -> ApiError:
-    return ApiError(400, f"tool_choice: {why}", code="invalid_value", param="tool_choice")
+    return invalid("tool_choice", why)

@@ -12,27 +12,14 @@ from nanorun.chat.call_grammar import call_grammar, reply_grammar
 from nanorun.chat.parser import ReplyParser
 from nanorun.chat.template import ChatTemplate
 from nanorun.model.chat import Grammar, Message, ToolCall, ToolCallDelta
+from tests.support.byte_tokens import byte_tokenizer
 
 BEGIN, END, EOS = 256, 257, 258
 
 
-class Bytes:
-    """A vocabulary of every byte, and the tokens that matter."""
-
-    eos_token_id = EOS
-    bos_token_id = None
-    tokens = [*(bytes([i]) for i in range(256)), b"<tool_call>", b"</tool_call>", b"<|im_end|>"]  # noqa: RUF012
-    special_token_ids = [BEGIN, END, EOS]  # noqa: RUF012
-
-    def __call__(self, text: bytes) -> list[int]:
-        return list(text)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> LLTokenizer:
-    from llguidance import TokenizerWrapper
-
-    return LLTokenizer(TokenizerWrapper(Bytes()))
+    return byte_tokenizer(b"<tool_call>", b"</tool_call>", b"<|im_end|>")
 
 
 def tool(name: str, properties: dict[str, Any], required: list[str] | None = None) -> Any:

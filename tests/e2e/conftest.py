@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,9 +24,9 @@ def live() -> Iterator[Callable[..., Live]]:
     """Starts endpoints over fake clients; they stop with the test."""
     with ExitStack() as stack:
 
-        def start(*scripts: object, **settings: object) -> Live:
-            client = FakeClient.playing(*scripts)  # type: ignore[arg-type]
-            settled = ServerSettings(drain_s=1, **settings)  # type: ignore[arg-type]
+        def start(*scripts: Any, **settings: Any) -> Live:
+            client = FakeClient.playing(*scripts)
+            settled = ServerSettings(drain_s=1, **settings)
             return stack.enter_context(listening(client, settled))
 
         yield start

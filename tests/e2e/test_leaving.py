@@ -24,7 +24,8 @@ import uvicorn
 
 from nanorun.model.chat import EngineStats, GenerateOptions, Prompt
 from nanorun.model.engine_options import EngineOptions
-from nanorun.runtime.client import EngineClient, EngineGeneration
+from nanorun.runtime.client import EngineClient
+from nanorun.runtime.generation import EngineGeneration
 from nanorun.server.app import create_app
 from nanorun.server.listen import bind, serve
 from nanorun.server.settings import ServerSettings

@@ -89,10 +89,10 @@ def test_every_api_says_the_same(
         )
         prompt = httpx.post(f"{url}/apply-template", json={"messages": asked}).json()["prompt"]
         raw = client.completions.create(model="pico", prompt=prompt, temperature=0, max_tokens=200)
-    said = reply.choices[0].message
-    expected = (said.reasoning or "", said.content or "")  # type: ignore[attr-defined]
-    (choice,) = raw.choices
-    assert (choice.reasoning, choice.text.strip()) == expected  # type: ignore[attr-defined]
+    said: Any = reply.choices[0].message
+    expected = (said.reasoning or "", said.content or "")
+    choice: Any = raw.choices[0]
+    assert (choice.reasoning, choice.text.strip()) == expected
     asked_for = httpx.post(f"{url}/tokenize", json={"messages": asked}).json()
     assert asked_for["count"] == reply.usage.prompt_tokens == raw.usage.prompt_tokens
     counted = claude.messages.count_tokens(model="pico", messages=asked)
@@ -122,8 +122,8 @@ def test_answer_that_was_begun_goes_on_through_each_api(
     asked: list[Any] = [{"role": "user", "content": "What is 4785 + 697?"}]
     with openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as client:
         ask: dict[str, Any] = {"model": "pico", "temperature": 0}
-        said = client.chat.completions.create(messages=asked, **ask).choices[0].message
-        thinking = said.reasoning  # type: ignore[attr-defined]
+        said: Any = client.chat.completions.create(messages=asked, **ask).choices[0].message
+        thinking = said.reasoning
         begun: Any = {"role": "assistant", "content": "54", "reasoning": thinking}
         rest = client.chat.completions.create(messages=[*asked, begun], **ask).choices[0].message
     assert (said.content, rest.content) == ("5482", "82")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer
 
 import nanorun
 from nanorun.chat.call_grammar import call_grammar, reply_grammar
@@ -17,22 +17,11 @@ from nanorun.errors import UsageError
 from nanorun.model.chat import GenerateOptions, Prompt, RawPrompt
 from nanorun.runtime.process.frames import REQUESTS, Generate
 from nanorun.runtime.process.wire import HEADER_BYTES
+from tests.support.byte_tokens import byte_tokenizer
 from tests.support.fakes import FakeClient, FakeGeneration, Step, reply
 
 TEMPLATE = Path(nanorun.__file__).parent / "data" / "pico" / "chat_template.jinja"
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>")
-
-
-class _Bytes:
-    """A vocabulary of every byte, and what begins and ends a call."""
-
-    eos_token_id = 256
-    bos_token_id = None
-    tokens = [*(bytes([i]) for i in range(256)), b"<|im_end|>", b"<tool_call>", b"</tool_call>"]  # noqa: RUF012
-    special_token_ids = [256, 257, 258]  # noqa: RUF012
-
-    def __call__(self, text: bytes) -> list[int]:
-        return list(text)
 
 
 CALL_TOKENS = (257, 258)
@@ -41,7 +30,7 @@ CALL_TOKENS = (257, 258)
 @cache
 def tokenizer() -> LLTokenizer:
     """llguidance's tokenizer of all bytes."""
-    return LLTokenizer(TokenizerWrapper(_Bytes()))
+    return byte_tokenizer(b"<|im_end|>", b"<tool_call>", b"</tool_call>")
 
 
 @cache

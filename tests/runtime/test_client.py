@@ -43,7 +43,8 @@ from nanorun.model.ggml_type import GgmlType
 from nanorun.model.main_memory import MainMemory
 from nanorun.model.memory_needs import MemoryNeeds
 from nanorun.model.think import MAX, OFF, Think
-from nanorun.runtime.client import EngineClient, EngineGeneration
+from nanorun.runtime.client import EngineClient
+from nanorun.runtime.generation import EngineGeneration
 from nanorun.runtime.process import child as child_module
 from nanorun.runtime.process import oom
 from nanorun.runtime.process.machine_memory import MemoryNow

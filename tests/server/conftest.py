@@ -68,6 +68,17 @@ class Stream:
         return "".join(delta.get(key) or "" for delta in self.deltas)
 
 
+def named_events(text: str) -> list[dict[str, Any]]:
+    """The events of a stream, each of which is named as its data says."""
+    events = []
+    for block in text.split("\n\n"):
+        if block and not block.startswith(":"):
+            name, data = block.split("\n")
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+    return events
+
+
 @pytest.fixture
 def endpoint() -> Callable[..., Endpoint]:
     """Makes an endpoint over a client that plays the given scripts."""

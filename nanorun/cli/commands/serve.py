@@ -1,16 +1,14 @@
-"""`nanorun serve`: an OpenAI-style endpoint over one model."""
+"""`nanorun serve`: an endpoint over one model."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
+from nanorun.cli import endpoint_options as endpoint
 from nanorun.cli import options as opt
 from nanorun.cli.diagnostics import StatusLine, note, show_logs
 from nanorun.cli.models import display_name, find_model, state_folder
@@ -27,238 +25,35 @@ if TYPE_CHECKING:
     from nanorun.server.keys import ApiKey
     from nanorun.server.settings import ServerSettings
 
-_NETWORK = "Network"
-
-
-class ReasoningField(StrEnum):
-    """Names under which chat completions can give the thinking."""
-
-    REASONING = "reasoning"
-    REASONING_CONTENT = "reasoning_content"
-    BOTH = "both"
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The fields that are sent."""
-        if self is ReasoningField.BOTH:
-            return ("reasoning", "reasoning_content")
-        return (self.value,)
-
 
 def command(
     model: opt.ModelArgument = opt.DEFAULT_MODEL,
-    host: Annotated[
-        str,
-        typer.Option(
-            "--host",
-            metavar="ADDRESS",
-            help="Address to listen on; one that others can reach needs an API key.",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[
-        int,
-        typer.Option(
-            "--port",
-            metavar="N",
-            min=0,
-            max=65535,
-            help="Port to listen on; 0 for any free one.",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = 8080,
-    api_keys: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--api-key",
-            metavar="KEY",
-            envvar="NANORUN_API_KEY",
-            help="Key that clients must send; may be repeated.",
-            show_default=False,
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    api_key_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--api-key-file",
-            metavar="FILE",
-            help="Keys, one a line, as `name: key` or `key`, like NANORUN_API_KEYS.",
-            show_default=False,
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    max_per_key: Annotated[
-        int | None,
-        typer.Option(
-            "--max-per-key",
-            metavar="N",
-            min=1,
-            help="Requests of one key at a time; the next is told to come back later (429).",
-            show_default=False,
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    allow_origins: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-origin",
-            metavar="ORIGIN",
-            help="Origin whose pages may ask and read answers (https://app.example, null, *);"
-            " may be repeated.",
-            show_default=False,
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    allow_hosts: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow-host",
-            metavar="NAME",
-            help="Further name that requests may call this endpoint by (host.docker.internal);"
-            " may be repeated.",
-            show_default=False,
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    tls_cert: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-cert",
-            metavar="FILE",
-            help="Certificate (PEM): answer over https.",
-            show_default=False,
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    tls_key: Annotated[
-        Path | None,
-        typer.Option(
-            "--tls-key",
-            metavar="FILE",
-            help="The certificate's private key (PEM, no password).",
-            show_default=False,
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    max_queued: Annotated[
-        int,
-        typer.Option(
-            "--max-queued",
-            metavar="N",
-            min=0,
-            help="Requests that may wait; the next is told to come back later (429).",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = 512,
-    max_queued_size: Annotated[
-        str,
-        typer.Option(
-            "--max-queued-size",
-            metavar="SIZE",
-            help="Bodies of waiting requests together; a request beyond gets 429.",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = "256MiB",
-    max_wait: Annotated[
-        str,
-        typer.Option(
-            "--max-wait",
-            metavar="TIME",
-            help="A request that waits longer for its turn gets 429 (10m, forever).",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = "10m",
-    read_timeout: Annotated[
-        str,
-        typer.Option(
-            "--read-timeout",
-            metavar="TIME",
-            help="Time that a request may take to arrive; then it is refused (408).",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = "60s",
-    write_timeout: Annotated[
-        str,
-        typer.Option(
-            "--write-timeout",
-            metavar="TIME",
-            help="Time that a client may leave its answer unread; then it is let go.",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = "60s",
-    aliases: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--alias",
-            metavar="NAME",
-            help="Further name of the model towards clients; may be repeated.",
-            show_default=False,
-            rich_help_panel=_NETWORK,
-        ),
-    ] = None,
-    any_model: Annotated[
-        bool,
-        typer.Option(
-            "--any-model",
-            help="Answer to every model name that clients send.",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = False,
-    ollama: Annotated[
-        bool,
-        typer.Option(
-            "--ollama/--no-ollama", help="Serve Ollama's routes, too.", rich_help_panel=_NETWORK
-        ),
-    ] = True,
-    reasoning_field: Annotated[
-        ReasoningField,
-        typer.Option(
-            "--reasoning-field",
-            help="Where chat completions give the thinking.",
-            rich_help_panel=_NETWORK,
-        ),
-    ] = ReasoningField.REASONING,
-    log_requests: Annotated[
-        bool,
-        typer.Option(
-            "--log-requests/--no-log-requests",
-            help="Tell of each request on stderr, one line without contents.",
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = True,
-    log_contents: Annotated[
-        bool,
-        typer.Option(
-            "--log-contents",
-            help="Tell what is asked and answered, too: 4 KiB of each, for debugging.",
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = False,
+    host: endpoint.HostOption = "127.0.0.1",
+    port: endpoint.PortOption = 8080,
+    api_keys: endpoint.ApiKeyOption = None,
+    api_key_file: endpoint.ApiKeyFileOption = None,
+    max_per_key: endpoint.MaxPerKeyOption = None,
+    allow_origins: endpoint.AllowOriginOption = None,
+    allow_hosts: endpoint.AllowHostOption = None,
+    tls_cert: endpoint.TlsCertOption = None,
+    tls_key: endpoint.TlsKeyOption = None,
+    max_queued: endpoint.MaxQueuedOption = 512,
+    max_queued_size: endpoint.MaxQueuedSizeOption = "256MiB",
+    max_wait: endpoint.MaxWaitOption = "10m",
+    read_timeout: endpoint.ReadTimeoutOption = "60s",
+    write_timeout: endpoint.WriteTimeoutOption = "60s",
+    aliases: endpoint.AliasOption = None,
+    any_model: endpoint.AnyModelOption = False,
+    ollama: endpoint.OllamaOption = True,
+    reasoning_field: endpoint.ReasoningFieldOption = endpoint.ReasoningField.REASONING,
+    log_requests: endpoint.LogRequestsOption = True,
+    log_contents: endpoint.LogContentsOption = False,
     think: opt.ThinkOption = "medium",
     n_ctx: opt.NCtxOption = None,
-    n_parallel: Annotated[
-        int,
-        typer.Option(
-            "--parallel",
-            metavar="N",
-            min=1,
-            max=64,
-            help="Requests answered at the same time; they share the context.",
-            rich_help_panel=opt.ENGINE,
-        ),
-    ] = 4,
+    n_parallel: endpoint.ParallelOption = 4,
     leave: opt.LeaveOption = None,
     draft: opt.DraftOption = "off",
-    keep_alive: Annotated[
-        str,
-        typer.Option(
-            "--keep-alive",
-            metavar="TIME",
-            help="Unload the model after that idle time (5m, 1h); a request loads it again.",
-            rich_help_panel=opt.ENGINE,
-        ),
-    ] = "forever",
+    keep_alive: endpoint.KeepAliveOption = "forever",
     state: opt.StateOption = True,
     verbose: opt.VerboseOption = False,
 ) -> None:

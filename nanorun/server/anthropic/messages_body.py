@@ -11,7 +11,7 @@ from nanorun.model.think import Think
 from nanorun.server.anthropic.blocks import read_conversation
 from nanorun.server.asked import Asked
 from nanorun.server.depth import read_depth
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import invalid
 from nanorun.server.history import to_continue
 from nanorun.server.limits import LimitedBody
 from nanorun.server.openai.formats import ResponseFormat
@@ -53,7 +53,7 @@ class MessagesRequest(LimitedBody):
             ApiError: Naming the field that cannot be meant.
         """
         if self.mcp_servers:
-            raise _invalid("mcp_servers", "this server calls no others; offer their tools as tools")
+            raise invalid("mcp_servers", "this server calls no others; offer their tools as tools")
         messages, notices = read_conversation(self.system, self.messages)
         messages, is_begun = to_continue(messages)
         offered, listed = self._tools()
@@ -118,7 +118,7 @@ class MessagesRequest(LimitedBody):
         try:
             schema = ResponseFormat.model_validate(given).schema_text("output_config.format")
         except ValueError as error:
-            raise _invalid("output_config.format", str(error)) from error
+            raise invalid("output_config.format", str(error)) from error
         return None if schema is None else Grammar("json_schema", schema)
 
     @property
@@ -128,7 +128,3 @@ class MessagesRequest(LimitedBody):
         blocks = [block for content in replies if isinstance(content, list) for block in content]
         thinks = any(isinstance(b, dict) and b.get("type") == "thinking" for b in blocks)
         return thinks if replies else None
-
-
-def _invalid(field: str, why: str) -> ApiError:
-    return ApiError(400, f"{field}: {why}", code="invalid_value", param=field)

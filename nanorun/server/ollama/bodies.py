@@ -11,7 +11,7 @@ from nanorun.model.chat import GenerateOptions, Grammar, Message, Prompt, RawPro
 from nanorun.model.think import Think
 from nanorun.server.asked import Asked
 from nanorun.server.depth import read_depth
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import invalid
 from nanorun.server.history import History, read_messages, to_continue
 from nanorun.server.limits import LimitedBody
 from nanorun.server.sampling_body import SamplingBody, asked_numbers
@@ -101,7 +101,7 @@ class OllamaRequest(LimitedBody):
         except ValidationError as error:
             first = error.errors()[0]
             field = f"options.{first['loc'][0]}"
-            raise _invalid(
+            raise invalid(
                 field, "it is not served" if first["type"] == "extra_forbidden" else first["msg"]
             ) from error
         told = (f"options {', '.join(left_out)}: nanorun serve decides",) if left_out else ()
@@ -115,7 +115,7 @@ class OllamaRequest(LimitedBody):
                 return Grammar("json_schema", '{"type": "object"}')
             case dict():
                 return Grammar("json_schema", json.dumps(self.format))
-        raise _invalid("format", 'it is neither "json" nor a JSON Schema')
+        raise invalid("format", 'it is neither "json" nor a JSON Schema')
 
 
 class OllamaChat(OllamaRequest):
@@ -177,7 +177,7 @@ class OllamaGenerate(OllamaRequest):
             ("images", "the model reads text only"),
         ):
             if getattr(self, name):
-                raise _invalid(name, f"it is not served: {instead}")
+                raise invalid(name, f"it is not served: {instead}")
         if self.raw:
             return self._asked(RawPrompt(text=self.prompt or ""), default_think, ())
         history = History()
@@ -188,7 +188,3 @@ class OllamaGenerate(OllamaRequest):
             history.read(i, {"role": role, "content": text}) for i, (role, text) in enumerate(said)
         )
         return self._asked(messages, default_think, history.notices)
-
-
-def _invalid(field: str, why: str) -> ApiError:
-    return ApiError(400, f"{field}: {why}", code="invalid_value", param=field)

@@ -24,7 +24,7 @@ from nanorun.model.sampling import MAX_LOGPROBS
 from nanorun.model.think import OFF, Think
 from nanorun.server.asked import Asked
 from nanorun.server.depth import EFFORTS, read_depth
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import ApiError, invalid
 from nanorun.server.history import read_messages, to_continue
 from nanorun.server.limits import LimitedBody
 from nanorun.server.openai.formats import ResponseFormat, StructuredOutputs
@@ -164,17 +164,16 @@ class ChatRequest(AnswerBody):
         says = self.continue_final_message
         says_not = self.add_generation_prompt
         if says is not None and says is says_not:
-            message = "add_generation_prompt and continue_final_message contradict each other"
-            raise _invalid("add_generation_prompt", message)
+            raise invalid("add_generation_prompt", "it contradicts continue_final_message")
         wanted = says if says is not None else None if says_not is None else not says_not
         if wanted and not is_begun:
             field = "add_generation_prompt" if says is None else "continue_final_message"
-            raise _invalid(field, f"{field}: the last message is no answer that was begun")
+            raise invalid(field, "the last message is no answer that was begun")
         return is_begun if wanted is None else wanted
 
     def _options(self, default_think: Think) -> GenerateOptions:
         if self.top_logprobs and not self.logprobs:
-            raise _invalid("top_logprobs", "top_logprobs needs logprobs to be true")
+            raise invalid("top_logprobs", "it needs logprobs to be true")
         choice = ToolChoice.read(self.tool_choice)
         tools = choice.offered([tool.to_tool() for tool in self.tools or ()])
         template = self.chat_template_kwargs
@@ -193,8 +192,7 @@ class ChatRequest(AnswerBody):
     def _limit(self) -> int | None:
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
-            message = "max_tokens and max_completion_tokens differ; give one of them"
-            raise _invalid("max_tokens", message)
+            raise invalid("max_tokens", "max_completion_tokens differs from it; give one of them")
         return both.pop() if both else None
 
     @property
@@ -222,18 +220,12 @@ class ChatRequest(AnswerBody):
     def _effort(self) -> str | None:
         effort = self.reasoning_effort
         if effort is not None and effort not in EFFORTS:
-            raise _invalid(
-                "reasoning_effort", f"reasoning_effort {effort!r} is none of {', '.join(EFFORTS)}"
-            )
+            raise invalid("reasoning_effort", f"{effort!r} is none of {', '.join(EFFORTS)}")
         return effort
 
 
 def _is_bias_pair(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and isinstance(value[0], int | str)
-
-
-def _invalid(field: str, message: str) -> ApiError:
-    return ApiError(400, message, code="invalid_value", param=field)
 
 
 class ControlRequest(BaseModel):

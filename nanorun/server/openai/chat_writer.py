@@ -18,7 +18,6 @@ from nanorun.model.chat import (
     Finished,
     TextDelta,
     ThinkingDelta,
-    TokenLogprobs,
     ToolArguments,
     ToolCall,
     ToolCallBegun,
@@ -28,18 +27,10 @@ from nanorun.model.chat import (
 from nanorun.server import sse
 from nanorun.server.asked import Asked
 from nanorun.server.errors import ApiError
+from nanorun.server.openai.likelihoods import token_object
 from nanorun.server.openai.usage import summed_usage, usage_object
 from nanorun.server.settings import ServerSettings
 from nanorun.server.writer import SseWriter
-
-
-def _logprob_object(piece: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}
-
-
-def _token_object(token: TokenLogprobs) -> dict[str, Any]:
-    best = [_logprob_object(piece, logprob) for piece, logprob in token.alternatives]
-    return {**_logprob_object(token.piece, token.logprob), "top_logprobs": best}
 
 
 def _call_object(call: ToolCall) -> dict[str, Any]:
@@ -208,7 +199,7 @@ class ChatWriter(SseWriter):
         """Those of the answer's tokens that were not given yet."""
         fresh = self.replies[i].logprobs[self._n_logprobs_given[i] :]
         self._n_logprobs_given[i] += len(fresh)
-        entries = [_token_object(token) for token in fresh if not token.in_thinking]
+        entries = [token_object(token) for token in fresh if not token.in_thinking]
         return {"content": entries, "refusal": None} if entries else None
 
     def _head(self, kind: str) -> dict[str, Any]:

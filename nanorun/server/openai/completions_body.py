@@ -10,7 +10,7 @@ from nanorun.model.chat import GenerateOptions, RawPrompt
 from nanorun.model.sampling import MAX_LOGPROBS
 from nanorun.model.think import Think
 from nanorun.server.asked import Asked
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import ApiError, invalid
 from nanorun.server.openai.chat_body import AnswerBody
 
 _MAX_PROMPTS = 256
@@ -66,7 +66,7 @@ def read_prompts(value: Any) -> tuple[RawPrompt, ...]:
     if isinstance(value, list) and 0 < len(value) <= _MAX_PROMPTS:
         return tuple(_prompt(item, f"prompt[{i}]") for i, item in enumerate(value))
     why = f"it must be a text, token ids, or a list of 1 to {_MAX_PROMPTS} of them"
-    raise ApiError(400, f"prompt: {why}", code="invalid_value", param="prompt")
+    raise invalid("prompt", why)
 
 
 def _prompt(value: Any, where: str) -> RawPrompt:
@@ -75,7 +75,7 @@ def _prompt(value: Any, where: str) -> RawPrompt:
     if _is_tokens(value):
         return RawPrompt(tokens=tuple(value))
     why = "it is empty" if value in ("", []) else "it is neither a text nor token ids"
-    raise ApiError(400, f"{where}: {why}", code="invalid_value", param=where)
+    raise invalid(where, why)
 
 
 def _is_tokens(value: Any) -> bool:

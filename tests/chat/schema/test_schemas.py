@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher
 
 from nanorun.chat.schema.checking import check_answer
 from nanorun.chat.schema.holding import hold
@@ -18,24 +18,13 @@ from nanorun.chat.schema.pattern.matching import is_found
 from nanorun.chat.schema.pattern.parsing import PatternError, parse_pattern
 from nanorun.errors import NanorunError, UsageError
 from tests.chat.schema import pydantic_models
+from tests.support.byte_tokens import byte_tokenizer
 
 ZOD = json.loads(Path(__file__).with_name("zod.json").read_text())["schemas"]
 ALL = {**ZOD, **{f"pydantic {k}": v for k, v in pydantic_models.schemas().items()}}
 
 
-class Bytes:
-    """A vocabulary of every byte."""
-
-    eos_token_id = 256
-    bos_token_id = None
-    tokens = [*(bytes([i]) for i in range(256)), b"<|im_end|>"]  # noqa: RUF012
-    special_token_ids = [256]  # noqa: RUF012
-
-    def __call__(self, text: bytes) -> list[int]:
-        return list(text)
-
-
-TOKENIZER = LLTokenizer(TokenizerWrapper(Bytes()))
+TOKENIZER = byte_tokenizer(b"<|im_end|>")
 
 
 def accepts(schema: Any, text: str) -> bool:

@@ -366,12 +366,12 @@ def test_ctrl_c_in_the_middle_of_a_piece_costs_that_piece(
     monkeypatch.setattr(output_module, "SYNC_BYTES", 1 << 40)
     checksum, n_pieces = output_module.zlib.crc32, 0
 
-    def stopped(data: object, value: int = 0) -> int:
+    def stopped(data: bytes, value: int = 0) -> int:
         nonlocal n_pieces
         n_pieces += 1
         if n_pieces == 20:
             raise Stopped
-        return checksum(data, value)  # type: ignore[call-overload,no-any-return]
+        return int(checksum(data, value))
 
     with monkeypatch.context() as patched:
         patched.setattr(output_module.zlib, "crc32", stopped)

@@ -18,7 +18,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
 )
 from nanorun.model.think import HIGH, LOW, OFF, Think
-from tests.server.conftest import Endpoint
+from tests.server.conftest import Endpoint, named_events
 from tests.support.fakes import reply
 
 Make = Callable[..., Endpoint]
@@ -36,13 +36,7 @@ async def stream(api: Endpoint, **fields: Any) -> list[dict[str, Any]]:
     """The events of a stream, each of which is named as its data says."""
     response = await send(api, stream=True, **fields)
     assert response.status_code == 200, response.text
-    events = []
-    for block in response.text.split("\n\n"):
-        if block and not block.startswith(":"):
-            name, data = block.split("\n")
-            events.append(json.loads(data.removeprefix("data: ")))
-            assert name == f"event: {events[-1]['type']}"
-    return events
+    return named_events(response.text)
 
 
 def content_of(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

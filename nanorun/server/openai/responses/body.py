@@ -20,7 +20,7 @@ from nanorun.model.sampling import MAX_LOGPROBS
 from nanorun.model.think import Think
 from nanorun.server.asked import Asked
 from nanorun.server.depth import read_depth
-from nanorun.server.errors import ApiError
+from nanorun.server.errors import invalid
 from nanorun.server.limits import LimitedBody
 from nanorun.server.openai.chat_body import TokenCount
 from nanorun.server.openai.formats import ResponseFormat
@@ -100,7 +100,7 @@ class ResponsesRequest(LimitedBody, SamplingBody):
         if isinstance(asked, str):
             asked = [{"role": "user", "content": asked}] if asked else []
         if not asked and self.previous_response_id is None:
-            raise _invalid("input", "there is nothing to answer")
+            raise invalid("input", "there is nothing to answer")
         return [_with_id(item) for item in asked]
 
     def to_asked(
@@ -145,7 +145,7 @@ class ResponsesRequest(LimitedBody, SamplingBody):
         try:
             schema = ResponseFormat.model_validate(given).schema_text("text.format")
         except ValidationError as error:
-            raise _invalid("text.format", error.errors()[0]["msg"]) from error
+            raise invalid("text.format", error.errors()[0]["msg"]) from error
         return None if schema is None else Grammar("json_schema", schema)
 
     def _echoes_thinking(self, conversation: Sequence[dict[str, Any]]) -> bool | None:
@@ -213,7 +213,3 @@ def _reasoning_object(value: Any) -> dict[str, Any]:
         value if isinstance(value, dict) else {"effort": value if isinstance(value, str) else None}
     )
     return {"effort": asked.get("effort"), "summary": asked.get("summary")}
-
-
-def _invalid(field: str, why: str) -> ApiError:
-    return ApiError(400, f"{field}: {why}", code="invalid_value", param=field)

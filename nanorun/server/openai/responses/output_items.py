@@ -22,6 +22,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
     arguments_text,
 )
+from nanorun.server.openai.likelihoods import token_object
 from nanorun.server.openai.responses.items import CUSTOM_ARGUMENT, seal
 from nanorun.server.openai.responses.offered import OfferedTools
 
@@ -125,7 +126,7 @@ class MessageItem(OpenItem):
     def add(self, text: str) -> Told:
         """Add text to it."""
         self.text += text
-        logprobs = [_logprob_object(token) for token in self.fresh_logprobs]
+        logprobs = [token_object(token) for token in self.fresh_logprobs]
         self._logprobs += logprobs
         self.fresh_logprobs.clear()
         yield "output_text.delta", {**self.where, "delta": text, "logprobs": logprobs}
@@ -312,12 +313,3 @@ def new_id(prefix: str) -> str:
 
 def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _logprob_object(token: TokenLogprobs) -> dict[str, Any]:
-    best = [_piece_object(piece, logprob) for piece, logprob in token.alternatives]
-    return {**_piece_object(token.piece, token.logprob), "top_logprobs": best}
-
-
-def _piece_object(piece: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 
 from nanorun.server.asked import Asked
-from nanorun.server.errors import ApiError, to_api_error
+from nanorun.server.errors import ApiError, invalid, to_api_error
 from nanorun.server.openai.responses.body import ItemsQuery, ResponsesRequest
 from nanorun.server.openai.responses.items import kind_of
 from nanorun.server.openai.responses.offered import OfferedTools, read_tools
@@ -111,7 +111,7 @@ class Responses:
             raise ApiError(400, f"background: {why}", code="unsupported_parameter", param="stream")
         if not body.is_stored:
             why = "a response in the background must be stored"
-            raise ApiError(400, f"background: {why}", code="invalid_value", param="store")
+            raise invalid("background", why)
 
     def _begin(
         self, asked: Asked, writer: ResponsesWriter, record: RequestRecord
@@ -159,8 +159,7 @@ class Responses:
                 found = await asyncio.to_thread(self._store.item, item_id)
                 if found is None:
                     why = f"there is no item {item_id!r}, or no more; send the item itself"
-                    param = f"input[{i}]"
-                    raise ApiError(400, f"{param}: {why}", code="invalid_value", param=param)
+                    raise invalid(f"input[{i}]", why)
                 item = found
             made.append(item)
         return made

@@ -101,7 +101,8 @@ class ResponseStore:
 
     def get(self, response_id: str) -> Stored | None:
         """A response by its id; None if there is none, or no more."""
-        rows = self._rows("SELECT response, input FROM responses WHERE id = ?", response_id)
+        query = "SELECT response, input FROM responses WHERE id = ? AND created >= ?"
+        rows = self._rows(query, response_id)
         return Stored(json.loads(rows[0][0]), json.loads(rows[0][1])) if rows else None
 
     def delete(self, response_id: str) -> bool:
@@ -116,8 +117,8 @@ class ResponseStore:
         What leads up to it counts as used.
         """
         rows = self._rows(
-            f"{_CHAIN} SELECT chain.id, response, input FROM chain LEFT JOIN responses USING (id)"
-            " ORDER BY depth DESC",
+            f"{_CHAIN} SELECT chain.id, response, input FROM chain LEFT JOIN responses"
+            " ON responses.id = chain.id AND created >= ? ORDER BY depth DESC",
             response_id,
         )
         if any(response is None for _, response, _ in rows):
@@ -133,7 +134,7 @@ class ResponseStore:
     def item(self, item_id: str) -> Item | None:
         """An item that was asked or answered, by its id."""
         query = "SELECT response, input FROM items JOIN responses ON responses.id = response_id"
-        rows = self._rows(f"{query} WHERE items.id = ?", item_id)
+        rows = self._rows(f"{query} WHERE items.id = ? AND created >= ?", item_id)
         for response, asked in rows:
             for item in (*json.loads(asked), *json.loads(response)["output"]):
                 if item.get("id") == item_id:
@@ -147,16 +148,13 @@ class ResponseStore:
             self._db.close()
 
     def _rows(self, query: str, key: str) -> list[tuple[Any, ...]]:
-        with self._lock, self._db:
-            self._forget_old(time.time())
-            return self._db.execute(query, (key,)).fetchall()
-
-    def _forget_old(self, now: float) -> None:
-        self._db.execute("DELETE FROM responses WHERE created < ?", (now - self._max_age_s,))
+        """The rows about an id, of what is not too old: that goes when something is saved."""
+        with self._lock:
+            return self._db.execute(query, (key, time.time() - self._max_age_s)).fetchall()
 
     def _forget_some(self, now: float) -> None:
         """Forget what is too old, and then what was not used for longest until the rest fits."""
-        self._forget_old(now)
+        self._db.execute("DELETE FROM responses WHERE created < ?", (now - self._max_age_s,))
         # Running totals from the last used backwards; what lies beyond the limit goes.
         self._db.execute(
             "DELETE FROM responses WHERE id IN (SELECT id FROM (SELECT id, SUM(n_bytes) OVER"

@@ -21,7 +21,7 @@ from nanorun.model.chat import (
     ToolCallDelta,
 )
 from nanorun.model.think import HIGH, Think
-from tests.server.conftest import Endpoint, error_of
+from tests.server.conftest import Endpoint, error_of, named_events
 from tests.support.fakes import FakeClient, reply
 
 Make = Callable[..., Endpoint]
@@ -47,13 +47,9 @@ async def stream(api: Endpoint, asked: Any = "hi", **fields: Any) -> list[dict[s
     """The events of a stream: named, numbered, and each as OpenAI's SDK types it."""
     response = await send(api, asked, stream=True, **fields)
     assert response.status_code == 200, response.text
-    events = []
-    for block in response.text.split("\n\n"):
-        if block and not block.startswith(":"):
-            name, data = block.split("\n")
-            events.append(json.loads(data.removeprefix("data: ")))
-            assert name == f"event: {events[-1]['type']}"
-            EVENTS.validate_python(events[-1])
+    events = named_events(response.text)
+    for event in events:
+        EVENTS.validate_python(event)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
