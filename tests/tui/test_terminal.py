@@ -52,7 +52,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=self.theirs, stdout=self.theirs, stderr=self.theirs, start_new_session=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[2], env={**os.environ, "PYTHONFAULTHANDLER": "1"},
         )  # fmt: skip
         self.seen = b""
 
@@ -74,9 +74,15 @@ class Terminal:
         deadline = time.monotonic() + 60
         while self.process.poll() is None and time.monotonic() < deadline:
             self.read(0.1)
-        while self.read(0.0):
+        n_before = len(self.seen)
+        hangs = self.process.poll() is None
+        if hangs:
+            self.process.send_signal(signal.SIGABRT)  # Python tells where each thread stands
+            self.read()
+        while self.read(0.1):
             pass
-        return self.process.wait(timeout=1)
+        assert not hangs, self.seen[n_before:].decode(errors="replace")
+        return self.process.wait()
 
     def assert_usable(self) -> None:
         assert termios.tcgetattr(self.theirs) == self.before
